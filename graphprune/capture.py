@@ -1,0 +1,289 @@
+"""Capture: a module, a file or a name becomes a Program.
+
+Two tracers stand behind one door. ``torch.fx.symbolic_trace`` comes first: it is fast and keeps modules and a dynamic
+batch. A graph that calls an opaque Python function, or that computes other shapes than the model does, is not used;
+then, as where Python control flow defeats symbolic tracing, ``torch.export`` takes over.
+
+A Program shares parameters and buffers with the module that it was captured from, so that capture costs no copies;
+surgery always copies. It shares no module object: the caller may go on training, switching modes or changing attributes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from graphprune.errors import CaptureError, InputError, LoadError
+from graphprune.inputs import infer_inputs
+from graphprune.load import load_model, load_weights
+from graphprune.lowering import exported, sized, symbolic
+from graphprune.lowering.sized import may_vary, resize
+from graphprune.program import Program
+
+__all__ = ["capture"]
+
+_PROBE_BATCH = 3
+_INPUT_HINT = "give one with --input 1x3x224x224 (or example_inputs=torch.randn(1, 3, 224, 224))"
+
+
+def capture(
+    model: nn.Module | ExportedProgram | str,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    *,
+    weights: str | Path | None = None,
+    trust: Sequence[str] = (),
+    trust_all: bool = False,
+    source: str | None = None,
+) -> Program:
+    """Turn a model into a Program, in evaluation mode.
+
+    Args:
+        model: A module, an exported program, or a MODEL text: a file, ``torchvision:NAME``, ``timm:NAME`` or
+            ``package.module:factory``.
+        example_inputs: One tensor, or one per positional input; taken from the model where it states its own.
+        weights: A state dict (``.safetensors`` or ``.pt``) to load first; a given module is copied before.
+        trust: Classes that a pickled model may name besides those of torch, torchvision and timm.
+        trust_all: Whether a pickled model may name any class.
+        source: What to call the model; by default the text, or the name of the module's class.
+
+    Returns:
+        A program that shares tensors, but no module object, with `model`.
+
+    Raises:
+        LoadError: The file, name or weights cannot be loaded, or weights are not finite.
+        InputError: There are no example inputs, or the model fails on them.
+        CaptureError: Neither tracer can turn the model into a graph.
+    """
+    if isinstance(model, str):
+        source = source or model
+        model = load_model(model, weights=weights, trust=trust, trust_all=trust_all)
+    elif weights is not None:
+        if isinstance(model, ExportedProgram):
+            raise LoadError(f"weights {weights} were given for an ExportedProgram, which holds its own: leave them out")
+        model = load_weights(model, weights)
+    if isinstance(model, ExportedProgram):
+        return _capture_exported(model, example_inputs, source=source or "ExportedProgram")
+    source = source or type(model).__name__
+    _check_finite(model, source)
+    inputs = _as_inputs(model, example_inputs, source)
+    with _evaluation_mode(model):
+        return _capture_module(model, inputs, source)
+
+
+def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -> Program:
+    reasons: list[str] = []
+    for name, tracer in _TRACERS.items():
+        try:
+            module = tracer(model, inputs)
+        # The model's own code ran on symbolic values: it may raise anything, and the next tracer is the answer.
+        except Exception as error:  # noqa: BLE001
+            reasons.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
+            continue
+        agreed = _agrees(model, module, inputs)
+        if agreed is not None:
+            return Program(
+                module=module, example_inputs=inputs, dialect=_dialect(module), dynamic_batch=agreed, source=source
+            )
+        reasons.append(f"{name}: the graph does not compute the shapes that the model computes")
+    _check_accepts(model, inputs, source)
+    return _export_module(model, inputs, source, reasons)
+
+
+_TRACERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], fx.GraphModule]] = {
+    "torch.fx": lambda model, inputs: symbolic.trace(model, num_inputs=len(inputs)),
+    "torch.fx with known sizes": lambda model, inputs: sized.trace(model, inputs, dynamic=may_vary(inputs)),
+}
+"""The tracers that keep modules, in the order in which they are tried; `torch.export` comes after them."""
+
+
+def _export_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str, reasons: list[str]) -> Program:
+    for dynamic in (True, False) if may_vary(inputs) else (False,):
+        example = tuple(resize(t, max(2, t.shape[0])) for t in inputs) if dynamic else inputs
+        try:
+            program = exported.export(model, example, dynamic=dynamic)
+        # torch.export documents no common error class; each failure is reported below.
+        except Exception as error:  # noqa: BLE001
+            reasons.append(f"torch.export ({'dynamic' if dynamic else 'fixed'} batch): {_first_line(error)}")
+            continue
+        module = exported.flatten_program(program, class_name=type(model).__name__)
+        return Program(
+            module=module, example_inputs=inputs, dialect="export", dynamic_batch=dynamic, source=source
+        )
+    raise CaptureError(f"{source} cannot be captured as a graph:\n  " + "\n  ".join(reasons))
+
+
+def _capture_exported(
+    program: ExportedProgram, example_inputs: Tensor | Sequence[Tensor] | None, *, source: str
+) -> Program:
+    if example_inputs is None:
+        if program.example_inputs is None or program.example_inputs[1]:
+            raise InputError(f"{source} stores no positional example input: {_INPUT_HINT}")
+        example_inputs = program.example_inputs[0]
+    inputs = _as_tuple(example_inputs)
+    module = exported.flatten_program(program, class_name="ExportedProgram")
+    _check_finite(module, source)
+    _check_accepts(module, inputs, source)
+    dynamic = exported.has_dynamic_batch(program)
+    return Program(module=module, example_inputs=inputs, dialect="export", dynamic_batch=dynamic, source=source)
+
+
+def _dialect(module: fx.GraphModule) -> Any:
+    calls = (n.target for n in module.graph.nodes if n.op == "call_function")
+    return "export" if any(isinstance(t, torch._ops.OpOverload) for t in calls) else "fx"
+
+
+def _as_tuple(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    for position, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise InputError(f"example input {position} is a {type(value).__name__}, expected a tensor")
+    return tuple(v.detach() for v in values)
+
+
+def _as_inputs(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor] | None, source: str
+) -> tuple[Tensor, ...]:
+    found = infer_inputs(model) if example_inputs is None else _as_tuple(example_inputs)
+    if not found:
+        raise InputError(f"{source} does not state the shape of its input: {_INPUT_HINT}")
+    parameters = inspect.signature(model.forward).parameters.values()
+    accepted = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    required = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    if (len(found) > accepted and not is_open) or len(found) < len(required):
+        wanted = f"{len(required)} ({', '.join(required)})" if required else f"at most {accepted}"
+        raise InputError(f"{source} takes {wanted} inputs, found {len(found)} example inputs: repeat --input for each")
+    return found
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode and give each its own flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _check_finite(model: nn.Module, source: str) -> None:
+    """Refuse parameters with NaN or infinity, and buffers with NaN (a mask may well hold infinities)."""
+    parameters = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
+    buffers = [(n, b) for n, b in model.named_buffers() if b.is_floating_point() and not b.is_meta]
+    # A sum is not finite where an element is not; it can also overflow, hence the second, exact look.
+    suspects = [(n, t) for n, t in parameters if not _has_finite_sum(t)]
+    bad = [n for n, t in suspects if not bool(torch.isfinite(t).all())]
+    bad += [n for n, t in buffers if not _has_finite_sum(t) and bool(torch.isnan(t).any())]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise LoadError(f"{source} holds weights that are NaN or infinite: {shown}. Nothing can be proven about them")
+
+
+def _has_finite_sum(tensor: Tensor) -> bool:
+    total = tensor.sum()
+    return bool(torch.isfinite(total))
+
+
+def _agrees(model: nn.Module, module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> bool | None:
+    """Compare the output shapes of model and graph.
+
+    Returns:
+        True where they agree at another batch size than the example's, False where only at the example's own,
+        None where the graph does not agree with the model.
+    """
+    sizes = [_PROBE_BATCH + int(inputs[0].shape[0] == _PROBE_BATCH)] if may_vary(inputs) else []
+    for batch in [*sizes, None]:
+        expected = _shapes(model, inputs, batch)
+        if expected is None:
+            continue
+        found = _shapes(module, inputs, batch)
+        is_dynamic = batch is not None and all(s[:1] == (batch,) for s in expected)
+        if found == expected and (is_dynamic or batch is None):
+            return is_dynamic
+        if found != expected:
+            return None
+    return None
+
+
+def _shapes(module: nn.Module, inputs: tuple[Tensor, ...], batch: int | None) -> list[tuple[int, ...]] | None:
+    """Return the shapes of the outputs at another batch size, or None where the module fails there.
+
+    Meta tensors are tried first, since they cost no arithmetic; code that mixes in tensors of its own needs real ones.
+    """
+
+    def attempt(device: str | None) -> list[tuple[int, ...]]:
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if device is not None:
+            tensors = {name: torch.empty_like(t, device=device) for name, t in tensors.items()}
+        args = tuple(t if device is None else torch.empty_like(t, device=device) for t in inputs)
+        if batch is not None:
+            args = tuple(resize(t, batch) for t in args)
+        with torch.no_grad(), symbolic.ShapesOnly():
+            outputs = module(*args) if device is None else torch.func.functional_call(module, tensors, args)
+        return [tuple(t.shape) for t in symbolic.tensors_of(outputs)]
+
+    for device in ("meta", None):
+        try:
+            return attempt(device)
+        # The model's own code: any failure means that this way of running it gives no answer.
+        except Exception:  # noqa: BLE001, PERF203
+            continue
+    return None
+
+
+def _check_accepts(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -> None:
+    """Run the model on its example inputs.
+
+    Raises:
+        InputError: The run fails; names the module that failed and the shapes that reached it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    stack: list[tuple[str, str, str]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        shapes = ", ".join("x".join(map(str, t.shape)) for t in symbolic.tensors_of(args))
+        stack.append((names.get(module, "?"), type(module).__name__, shapes))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    handles: list[Any] = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    run: Callable[..., Any] = model
+    try:
+        with torch.no_grad():
+            run(*inputs)
+    # Whatever the model's own code raises on these inputs is what the user needs to read.
+    except Exception as error:
+        given = ", ".join("x".join(map(str, t.shape)) for t in inputs)
+        name, kind, shapes = stack[-1] if stack else ("", type(model).__name__, given)
+        where = f"module {name} ({kind})" if name else f"the model itself ({kind})"
+        raise InputError(
+            f"{source} does not accept example inputs of shape {given}: {where} failed on {shapes}: "
+            f"{_first_line(error)}. If the shape is wrong, give another with --input 1x3x224x224"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

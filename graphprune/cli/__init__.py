@@ -1,0 +1,73 @@
+"""Command line: thin commands over the library, and the boundary where errors become one line.
+
+Results go to standard output, progress and messages to standard error. Exit status: 0 done and verified, 1 our error,
+2 usage, 3 built but a check fell short.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from graphprune.cli.lists import demo, doctor, methods, passes
+from graphprune.cli.models import apply, bench, compile, evaluate, inspect
+from graphprune.errors import GraphpruneError, UsageError
+
+__all__ = ["COMMANDS", "app", "main"]
+
+COMMANDS = {
+    command.__name__: command
+    for command in (compile, inspect, apply, bench, evaluate, passes, methods, doctor, demo)
+}
+"""Every command by name, in the order of ``--help``."""
+
+app = typer.Typer(
+    name="graphprune",
+    help="Cut trained PyTorch models smaller, prove that every cut is exact, and export what is left.",
+    epilog="Exit status: 0 done and verified, 1 error, 2 usage, 3 built but a check fell short.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
+for _command in COMMANDS.values():
+    app.command()(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        argv: Arguments without the program's name; those of the process unless given.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    try:
+        app(arguments, prog_name="graphprune")
+    except (
+        SystemExit
+    ) as stop:  # typer's own: 0 for --help, 2 for a usage mistake, typer.Exit's code
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except GraphpruneError as error:
+        _print_error(error, str(error), is_debug=is_debug)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # a mistake of ours: still one line, and how to see more
+        message = (
+            f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
+        )
+        _print_error(error, message, is_debug=is_debug)
+        return 1
+    return 0
+
+
+def _print_error(error: Exception, message: str, *, is_debug: bool) -> None:
+    if is_debug:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -1,0 +1,160 @@
+"""What every command shares: options, and where output goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from graphprune.progress import BarProgress
+
+__all__ = [
+    "DebugOption",
+    "DeviceOption",
+    "InputOption",
+    "JsonOption",
+    "ModelArgument",
+    "NoExportOption",
+    "NoVerifyOption",
+    "OptionalData",
+    "OutOption",
+    "PrintOption",
+    "RequiredData",
+    "SeedOption",
+    "TimeOption",
+    "TrustAllOption",
+    "TrustOption",
+    "WeightsOption",
+    "emit",
+    "working",
+]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .pt, .pth or .pt2 file, torchvision:NAME, timm:NAME, or package.module:factory.",
+        show_default=False,
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="State dict to load: .safetensors or .pt.",
+        show_default=False,
+    ),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE|FILE",
+        help="Example input such as 1x3x224x224 or 1x16:int64, or a file of tensors; once for each input.",
+        show_default=False,
+    ),
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust",
+        metavar="CLASS",
+        help="Let a pickled model name package.Class besides those of torch, torchvision and timm.",
+        show_default=False,
+    ),
+]
+TrustAllOption = Annotated[
+    bool,
+    typer.Option("--trust-all", help="Let a pickled model name any class: it may run any code."),
+]
+OptionalData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="cifar10:DIR, mnist:DIR, fashion-mnist:DIR, imagefolder:DIR, digits or package.module:function; "
+        "options after commas, such as cifar10:DIR,normalize=imagenet.",
+        show_default=False,
+    ),
+]
+RequiredData = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="cifar10:DIR, mnist:DIR, fashion-mnist:DIR, imagefolder:DIR, digits or package.module:function; "
+        "options after commas, such as cifar10:DIR,normalize=imagenet.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
+OutOption = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", help="Folder to write into; made where it is missing."),
+]
+NoVerifyOption = Annotated[
+    bool, typer.Option("--no-verify", help="Skip the proof that every cut is exact.")
+]
+NoExportOption = Annotated[bool, typer.Option("--no-export", help="Skip model.onnx and model.pt2.")]
+PrintOption = Annotated[
+    bool,
+    typer.Option(
+        "--print-between-passes", help="Print the program before and after every pass, on stderr."
+    ),
+]
+TimeOption = Annotated[
+    bool, typer.Option("--time-passes", help="Print the seconds that every pass took, on stderr.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks, and the warnings of other libraries.")
+]
+
+
+@contextlib.contextmanager
+def working(*, debug: bool) -> Iterator[BarProgress]:
+    """Keep standard output for results while the work goes on, and yield where progress is shown.
+
+    What other libraries print goes to standard error; what they warn about is shown with ``--debug`` only.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        if not debug:
+            warnings.simplefilter("ignore")
+            stack.enter_context(_quiet("torch", "onnxscript", "onnx_ir"))
+        progress = stack.enter_context(BarProgress())
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield progress
+
+
+def emit(data: Any, show: Callable[[Console], None], *, as_json: bool) -> None:
+    """Print a result: as JSON, or as `show` draws it for people."""
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+        return
+    console = Console(highlight=False, soft_wrap=False)
+    show(Console(width=100, highlight=False) if not console.is_terminal else console)
+
+
+@contextlib.contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

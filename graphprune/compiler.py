@@ -1,0 +1,518 @@
+"""compile and apply: a model goes in; a smaller, proven, exported and measured one comes out.
+
+Both build a pipeline as text (`default_pipeline`, `replay_pipeline`), so that what they do can be read, printed and
+changed on the command line, and this module knows no pass class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import tempfile
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from graphprune import registry, textform
+from graphprune.environment import environment
+from graphprune.errors import OutputError, UsageError
+from graphprune.files import prepare_out
+from graphprune.pipeline import Callback, Pipeline, PipelineResult, pick_device
+from graphprune.plan import Plan
+from graphprune.program import Program
+from graphprune.progress import Progress, SilentProgress
+from graphprune.report.data import Figures, Report, parameter_changes
+
+if TYPE_CHECKING:
+    from graphprune.data import DataSource
+
+__all__ = [
+    "CompileResult",
+    "apply",
+    "compile",
+    "default_pipeline",
+    "evaluate_model",
+    "replay_pipeline",
+]
+
+DEFAULT_TARGET = "macs=0.5"
+DEFAULT_METHOD = "magnitude"
+DEFAULT_GRANULARITY = "channels"
+
+EVALUATION_BATCH = 256
+"""Samples at a time where accuracy is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileResult:
+    """What came out of `compile` or `apply`."""
+
+    program: Program
+    """The smaller program; `program.module` runs like the model that went in."""
+    dense: Program
+    """The program that went in."""
+    plan: Plan | None
+    """What was removed; None if the pipeline made no plan."""
+    report: Report
+    """What was found, done, proved and measured."""
+    pipeline: PipelineResult = field(repr=False)
+    """Facts, records and files of the run."""
+    files: tuple[Path, ...] = ()
+    """What was written into `out`."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check fell short."""
+        return self.report.passed
+
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the user's own model, cut like the program.
+
+        Raises:
+            ApplyError: The class of the model cannot hold the cut; the message says why.
+            PlanError: The pipeline made no plan.
+        """
+        from graphprune.apply_to import apply_plan_to
+        from graphprune.errors import PlanError
+
+        if self.plan is None:
+            raise PlanError("expected a result with a plan, but its pipeline made none")
+        return apply_plan_to(model, self.dense, self.program, self.plan)
+
+
+def default_pipeline(
+    *,
+    target: str = DEFAULT_TARGET,
+    method: str = DEFAULT_METHOD,
+    granularity: str = DEFAULT_GRANULARITY,
+    round_to: int | None = None,
+    has_data: bool = False,
+    export: bool = True,
+) -> str:
+    """Return the pipeline of `compile` as text.
+
+    Raises:
+        UsageError: `method` is no method.
+    """
+    _must_be_method(method)
+    choice: dict[str, textform.Value] = {"target": target}
+    if round_to is not None:
+        choice["round_to"] = round_to
+    if granularity != DEFAULT_GRANULARITY:
+        choice["granularity"] = granularity
+    steps = [
+        "dependency-groups",  # which channels must go together, and which cannot go
+        method,  # what each of them is worth
+        textform.format_pass(
+            "choose-channels", choice
+        ),  # the cheapest choice that reaches the target
+        *_after_the_choice(has_data=has_data, export=export),
+    ]
+    return ",".join(steps)
+
+
+def replay_pipeline(plan: str | Path, *, has_data: bool = False, export: bool = True) -> str:
+    """Return the pipeline of `apply` as text."""
+    steps = [
+        "dependency-groups",  # the plan is checked against the coupling of this model
+        textform.format_pass("load-plan", {"path": str(plan)}),
+        *_after_the_choice(has_data=has_data, export=export),
+    ]
+    return ",".join(steps)
+
+
+def _after_the_choice(*, has_data: bool, export: bool) -> list[str]:
+    steps = [
+        "remove-channels",  # the cut; the driver proves it exact
+        "clean-up",  # what the cut left without a purpose
+    ]
+    if has_data:
+        steps.append("reestimate-batch-norm")  # fewer channels, other statistics
+    if export:
+        steps += ["export-onnx", "export-program"]  # written, read back, compared
+    return steps
+
+
+def compile(
+    model: nn.Module | str | Path | Program,
+    example_inputs: Any = None,
+    *,
+    target: str = DEFAULT_TARGET,
+    method: str = DEFAULT_METHOD,
+    data: DataSource | str | None = None,
+    granularity: str = DEFAULT_GRANULARITY,
+    verify: bool = True,
+    export: bool = True,
+    seed: int = 0,
+    out: str | Path | None = None,
+    round_to: int | None = None,
+    weights: str | Path | None = None,
+    trust: Sequence[str] = (),
+    trust_all: bool = False,
+    passes: str | Pipeline | None = None,
+    device: str = "auto",
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Make a trained model smaller, prove that the cut is exact, export it and measure it.
+
+    The model that is given stays as it is.
+
+    Args:
+        model: A module, or what the command line calls MODEL: a file, ``torchvision:NAME``, ``timm:NAME`` or
+            ``package.module:factory``; a captured program does as well.
+        example_inputs: One tensor or a tuple of tensors; with `data` they may be left out.
+        target: What to reach: ``macs=``, ``params=`` or ``ratio=``, several with commas.
+        method: How channels are scored; one of `graphprune.registry.methods()`, with options as in
+            ``magnitude{norm=1}``.
+        data: A data source, or its SPEC such as ``cifar10:DIR``; some methods need it, and accuracy is measured on it.
+        granularity: What may go.
+        verify: Prove every surgery exact.
+        export: Export to ONNX and to ``.pt2``, check the ONNX file in ONNX Runtime and measure latency.
+            Without `out` the files are checked and measured, then dropped.
+        seed: Seed of everything random.
+        out: Folder for model.onnx, model.pt2, plan.json, report.json and report.html. After an error nothing is
+            left there.
+        round_to: Keep multiples of this many channels where divisibility allows.
+        weights: A state dict to load, ``.safetensors`` or ``.pt``.
+        trust: Classes that a pickle may name besides those of torch, torchvision and timm.
+        trust_all: Let a pickle name any class.
+        passes: A pipeline of your own in place of the default one; it has its own target and method.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        callbacks: Called between passes with (previous, program, next).
+        progress: Where long work is shown; nowhere unless given.
+
+    Raises:
+        GraphpruneError: See `graphprune.errors` for the tree.
+    """
+    source = _load_data(data)
+    if passes is None:
+        text = default_pipeline(
+            target=target,
+            method=method,
+            granularity=granularity,
+            round_to=round_to,
+            has_data=source is not None,
+            export=export,
+        )
+        pipeline = Pipeline.parse(text)
+    else:
+        changed = (target, method, granularity, round_to) != (
+            DEFAULT_TARGET,
+            DEFAULT_METHOD,
+            DEFAULT_GRANULARITY,
+            None,
+        )
+        if changed:
+            raise UsageError(
+                "passes= stands in place of target=, method=, granularity= and round_to=; give one or the other"
+            )
+        pipeline = Pipeline.parse(passes) if isinstance(passes, str) else passes
+    job = _Job(
+        model=model,
+        example_inputs=example_inputs,
+        weights=weights,
+        trust=tuple(trust),
+        trust_all=trust_all,
+        data=source,
+        device=pick_device(device),
+        seed=seed,
+        verify=verify,
+        callbacks=tuple(callbacks),
+        progress=progress or SilentProgress(),
+    )
+    with _staging(out) as staging:
+        return job.run(pipeline, staging)
+
+
+def apply(
+    plan: Plan | str | Path,
+    model: nn.Module | str | Path | Program,
+    example_inputs: Any = None,
+    *,
+    data: DataSource | str | None = None,
+    verify: bool = True,
+    export: bool = True,
+    seed: int = 0,
+    out: str | Path | None = None,
+    weights: str | Path | None = None,
+    trust: Sequence[str] = (),
+    trust_all: bool = False,
+    device: str = "auto",
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Replay a plan on the model that it was made for; the arguments are those of `compile`.
+
+    Raises:
+        PlanError: The plan does not fit the model, or its file cannot be read.
+        GraphpruneError: See `graphprune.errors` for the tree.
+    """
+    source = _load_data(data)
+    job = _Job(
+        model=model,
+        example_inputs=example_inputs,
+        weights=weights,
+        trust=tuple(trust),
+        trust_all=trust_all,
+        data=source,
+        device=pick_device(device),
+        seed=seed,
+        verify=verify,
+        callbacks=tuple(callbacks),
+        progress=progress or SilentProgress(),
+    )
+    with _staging(out) as staging, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json" if isinstance(plan, Plan) else Path(plan)
+        if isinstance(plan, Plan):
+            plan.save(path)
+        text = replay_pipeline(path, has_data=source is not None, export=export)
+        return job.run(Pipeline.parse(text), staging)
+
+
+def evaluate_model(
+    model: nn.Module | str | Path | Program,
+    example_inputs: Any = None,
+    *,
+    data: DataSource | str,
+    weights: str | Path | None = None,
+    trust: Sequence[str] = (),
+    trust_all: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure top-1 accuracy on the test split; the arguments are those of `compile`.
+
+    Args:
+        model: As in `compile`, or an ``.onnx`` file, which runs in ONNX Runtime.
+        example_inputs: As in `compile`.
+        data: A data source, or its SPEC.
+        weights: As in `compile`; not with an ``.onnx`` file.
+        trust: As in `compile`.
+        trust_all: As in `compile`.
+        device: As in `compile`.
+        progress: As in `compile`.
+
+    Returns:
+        ``model``, ``data``, ``accuracy`` (a fraction), ``samples`` and ``runs_on`` (provider or device).
+    """
+    from graphprune.data import evaluate, load_data
+
+    source = load_data(data) if isinstance(data, str) else data
+    loader = source.test(EVALUATION_BATCH)
+    if isinstance(model, (str, Path)) and Path(model).suffix == ".onnx":
+        from graphprune.runtime import open_session
+
+        if weights is not None or example_inputs is not None:
+            raise UsageError(
+                "an ONNX file has its weights and inputs; leave out --weights and --input"
+            )
+        session = open_session(model, device)
+        accuracy, runs_on = evaluate(session, loader, progress=progress), session.provider
+        name = str(model)
+    else:
+        runs_on = pick_device(device)
+        job = _Job(
+            model=model,
+            example_inputs=example_inputs,
+            weights=weights,
+            trust=tuple(trust),
+            trust_all=trust_all,
+            data=source,
+            device=runs_on,
+            seed=0,
+            verify=False,
+            callbacks=(),
+            progress=progress or SilentProgress(),
+        )
+        program = job.capture()
+        accuracy = evaluate(program, loader, device=runs_on, progress=progress)
+        name = program.source
+    return {
+        "model": name,
+        "data": source.name,
+        "accuracy": accuracy,
+        "samples": len(cast("Sized", loader.dataset)),
+        "runs_on": runs_on,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What `compile` and `apply` have in common."""
+
+    model: nn.Module | str | Path | Program
+    example_inputs: Any
+    weights: str | Path | None
+    trust: tuple[str, ...]
+    trust_all: bool
+    data: DataSource | None
+    device: str
+    seed: int
+    verify: bool
+    callbacks: tuple[Callback, ...]
+    progress: Progress
+
+    def run(self, pipeline: Pipeline, staging: _Staging) -> CompileResult:
+        dense = self.capture()
+        accuracy_before = self.accuracy(dense)
+        result = pipeline.run(
+            dense,
+            data=self.data,
+            device=self.device,
+            seed=self.seed,
+            out=staging.folder,
+            verify=self.verify,
+            callbacks=self.callbacks,
+            progress=self.progress,
+        )
+        accuracy_after = self.accuracy(result.program)
+        found = result.facts.get(Plan)
+        plan = found if isinstance(found, Plan) else None
+        report = Report(
+            model=dense.source,
+            method=plan.method or None if plan else None,
+            target=plan.target or None if plan else None,
+            seed=self.seed,
+            environment=environment(self.device),
+            before=_figures(dense, result.measurements.get("before", {}), accuracy_before),
+            after=_figures(result.program, result.measurements.get("after", {}), accuracy_after),
+            checks={"surgery": None, "onnx": None, **result.checks},
+            removed=result.removed,
+            kept=result.kept,
+            passes=result.records,
+            parameters=parameter_changes(dense, result.program),
+        )
+        if plan is not None:
+            plan.save(staging.folder / "plan.json")
+        report.save(staging.folder / "report.json")
+        report.to_html(staging.folder / "report.html")
+        return CompileResult(
+            program=result.program,
+            dense=dense,
+            plan=plan,
+            report=report,
+            pipeline=result,
+            files=staging.deliver(),
+        )
+
+    def capture(self) -> Program:
+        from graphprune.capture import capture
+
+        if isinstance(self.model, Program):
+            if self.example_inputs is not None or self.weights is not None:
+                raise UsageError(
+                    "a captured program has its inputs and weights; give example_inputs= and weights= to capture()"
+                )
+            return self.model
+        model = str(self.model) if isinstance(self.model, Path) else self.model
+        with self.progress.task("capturing the model"):
+            return capture(
+                model,
+                self.inputs(),
+                weights=self.weights,
+                trust=self.trust,
+                trust_all=self.trust_all,
+            )
+
+    def inputs(self) -> Any:
+        """Return the example inputs: what was given, else random ones of the data's shape."""
+        if self.example_inputs is not None or self.data is None:
+            return self.example_inputs
+        generator = torch.Generator().manual_seed(self.seed)
+        return (torch.randn((1, *self.data.input_shape), generator=generator),)
+
+    def accuracy(self, program: Program) -> float | None:
+        from graphprune.data import evaluate
+
+        if self.data is None:
+            return None
+        return evaluate(
+            program,
+            self.data.test(EVALUATION_BATCH),
+            device=self.device,
+            progress=self.progress,
+        )
+
+
+def _figures(program: Program, measured: Any, accuracy: float | None) -> Figures:
+    from graphprune.groups import analyze
+
+    cost = analyze(program).cost
+    return Figures(
+        params=cost.params,
+        macs=cost.macs,
+        onnx_bytes=measured.get("onnx_bytes"),
+        latency_ms=measured.get("latency_ms"),
+        accuracy=accuracy,
+    )
+
+
+def _load_data(data: DataSource | str | None) -> DataSource | None:
+    from graphprune.data import load_data
+
+    return load_data(data) if isinstance(data, str) else data
+
+
+def _must_be_method(method: str) -> None:
+    parsed = textform.parse(method)
+    known = registry.names()
+    if len(parsed) == 1 and parsed[0].name in known and registry.load(parsed[0].name).is_method:
+        return
+    methods = registry.methods()
+    close = difflib.get_close_matches(parsed[0].name, methods, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"methods are {', '.join(methods)}"
+    raise UsageError(f"no method is called {method!r}; {hint}")
+
+
+class _Staging:
+    """Folder in which a run writes; its files move to their place together, at the end."""
+
+    def __init__(self, folder: Path, out: Path | None) -> None:
+        self.folder = folder
+        self.out = out
+
+    def deliver(self) -> tuple[Path, ...]:
+        """Move every file into `out`, and return where they are now; without `out` there is nothing to keep."""
+        if self.out is None:
+            return ()
+        delivered = []
+        for path in sorted(self.folder.iterdir()):
+            target = self.out / path.name
+            try:
+                path.replace(target)
+            except OSError as error:
+                raise OutputError(
+                    f"expected to write {str(target)!r}: {error.strerror or error}"
+                ) from error
+            delivered.append(target)
+        return tuple(delivered)
+
+
+@contextlib.contextmanager
+def _staging(out: str | Path | None) -> Iterator[_Staging]:
+    """Yield a folder to write into; after an error nothing of it, nor of a folder made for it, is left."""
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
+            yield _Staging(Path(name), None)
+        return
+    folder = Path(out)
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    prepare_out(folder)
+    is_delivered = False
+    try:
+        # inside `out`, so that moving a file is one rename on one file system
+        with tempfile.TemporaryDirectory(prefix=".graphprune-", dir=folder) as name:
+            yield _Staging(Path(name), folder)
+        is_delivered = True
+    finally:
+        if not is_delivered:
+            for path in made:
+                with contextlib.suppress(
+                    OSError
+                ):  # somebody else may have put a file there meanwhile
+                    path.rmdir()

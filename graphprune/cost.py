@@ -1,0 +1,163 @@
+"""Cost: parameters and multiply-accumulates, exact for any choice of channels without cutting anything.
+
+Both are sums of products of counts. A parameter with labels along its dimensions holds ``product over dims (kept indices)``
+elements; a contraction noted during propagation does ``constant * product over factors (kept atoms)`` multiply-accumulates
+for one sample. Biases, normalisations and elementwise operations are not counted, as in ``torch.utils.flop_counter``.
+FLOPs = 2 x MACs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graphprune.labels.atoms import Atoms
+from graphprune.labels.propagate import Labels
+from graphprune.program import Program
+
+__all__ = ["Cost", "CostModel", "NodeCost"]
+
+Keep = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals of a program for one sample."""
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one node of the graph costs for one sample."""
+
+    node: str
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class _Products:
+    """A list of ``constant * product of counts``, evaluated at once."""
+
+    constants: NDArray[np.float64]
+    channels: Atoms
+    """All factors behind one another, as coupled channels."""
+    starts: NDArray[np.int64]
+    """Where each factor starts in `channels`."""
+    owners: NDArray[np.int64]
+    """Which product each factor belongs to."""
+
+    @classmethod
+    def of(cls, terms: Sequence[tuple[float, Sequence[Atoms]]], channel_of: Atoms) -> _Products:
+        factors = [(i, channel_of[f].ravel()) for i, (_, fs) in enumerate(terms) for f in fs]
+        lengths = [len(f) for _, f in factors]
+        return cls(
+            constants=np.array([c for c, _ in terms], dtype=np.float64),
+            channels=np.concatenate([f for _, f in factors]) if factors else np.zeros(0, np.int64),
+            starts=np.cumsum([0, *lengths[:-1]]) if factors else np.zeros(0, np.int64),
+            owners=np.array([i for i, _ in factors], dtype=np.int64),
+        )
+
+    def values(self, keep: Keep) -> NDArray[np.float64]:
+        result = self.constants.copy()
+        if len(self.channels):
+            counts = np.add.reduceat(keep[self.channels].astype(np.float64), self.starts)
+            np.multiply.at(result, self.owners, counts)
+        return result
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Parameters and MACs of a program as functions of the channels that are kept."""
+
+    num_channels: int
+    nodes: tuple[str, ...]
+    """The node of each contraction."""
+    param_names: tuple[str, ...]
+    param_nodes: Mapping[str, str]
+    """Parameter -> the first node that uses it."""
+    _macs: _Products
+    _params: _Products
+
+    @classmethod
+    def build(cls, program: Program, labels: Labels, channel_of: Atoms, num_channels: int) -> CostModel:
+        """Build the model from propagated labels.
+
+        Args:
+            program: The labelled program.
+            labels: Its labels.
+            channel_of: Atom -> coupled channel.
+            num_channels: How many coupled channels there are.
+        """
+        parameters = dict(program.module.named_parameters())
+        terms = [_parameter_term(name, p, labels) for name, p in parameters.items()]
+        return cls(
+            num_channels=num_channels,
+            nodes=tuple(t.node for t in labels.terms),
+            param_names=tuple(parameters),
+            param_nodes=_first_users(program, parameters),
+            _macs=_Products.of([(t.constant, t.factors) for t in labels.terms], channel_of),
+            _params=_Products.of(terms, channel_of),
+        )
+
+    def everything(self) -> Keep:
+        """Return the choice that keeps every channel."""
+        return np.ones(self.num_channels, dtype=np.bool_)
+
+    def total(self, keep: Keep | None = None) -> Cost:
+        """Return parameters and MACs when the channels in `keep` are left (all of them by default)."""
+        keep = self.everything() if keep is None else keep
+        return Cost(
+            params=round(self._params.values(keep).sum()), macs=round(self._macs.values(keep).sum())
+        )
+
+    @property
+    def params(self) -> int:
+        """Parameters of the dense program."""
+        return self.total().params
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense program for one sample."""
+        return self.total().macs
+
+    def per_node(self, keep: Keep | None = None) -> list[NodeCost]:
+        """Return what every node costs, in graph order; shared parameters count at their first user."""
+        keep = self.everything() if keep is None else keep
+        macs: dict[str, float] = {}
+        for node, value in zip(self.nodes, self._macs.values(keep), strict=True):
+            macs[node] = macs.get(node, 0.0) + value
+        params: dict[str, float] = {}
+        for name, value in zip(self.param_names, self._params.values(keep), strict=True):
+            node = self.param_nodes.get(name, name)
+            params[node] = params.get(node, 0.0) + value
+        nodes = dict.fromkeys([*macs, *params])
+        return [NodeCost(n, round(params.get(n, 0)), round(macs.get(n, 0))) for n in nodes]
+
+
+def _parameter_term(name: str, parameter: Tensor, labels: Labels) -> tuple[float, list[Atoms]]:
+    source = labels.sources.get(name)
+    axes = dict(source.atoms) if source else {}
+    constant = math.prod(n for d, n in enumerate(parameter.shape) if d not in axes)
+    return float(constant), list(axes.values())
+
+
+def _first_users(program: Program, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    users: dict[str, str] = {}
+    by_module: dict[str, list[str]] = {}
+    for name in parameters:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for node in program.module.graph.nodes:
+        if node.op == "call_module":
+            for name in by_module.get(str(node.target), ()):
+                users.setdefault(name, node.name)
+        elif node.op == "get_attr" and str(node.target) in parameters and node.users:
+            users.setdefault(str(node.target), next(iter(node.users)).name)
+    return users

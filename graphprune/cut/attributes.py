@@ -1,0 +1,127 @@
+"""What modules remember of their sizes: one row per kind of module.
+
+To teach graphprune a module, add a function under ``@attributes_of(Kind)`` that returns the attributes whose values follow
+from the module's cut tensors and the shapes of its input and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from graphprune.cut.shapes import Shapes
+from graphprune.errors import AnalysisError
+from graphprune.labels.propagate import TensorInfo
+
+__all__ = ["attributes_of", "update_attributes"]
+
+Attributes = Mapping[str, Any]
+Rule = Callable[[Any, Shapes, TensorInfo, TensorInfo], Attributes]
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def attributes_of(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Register a rule: (module with cut tensors, shapes, its input, its output) -> attribute values."""
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(kinds, function))
+        return function
+
+    return register
+
+
+def update_attributes(module: fx.GraphModule, shapes: Shapes) -> dict[str, dict[str, Any]]:
+    """Write the new sizes into the modules that the graph calls, and return what changed.
+
+    Raises:
+        AnalysisError: A module whose tensors were cut is of a kind that has no rule.
+    """
+    modules = dict(module.named_modules())
+    changes: dict[str, dict[str, Any]] = {}
+    for node in module.graph.nodes:
+        if node.op != "call_module" or not node.args:
+            continue
+        before, after = shapes.info(node.args[0]), shapes.info(node)
+        if before is None or after is None or not (shapes.changed(before) or shapes.changed(after)):
+            continue
+        target = modules[str(node.target)]
+        for name, value in _values(target, str(node.target), shapes, before, after).items():
+            if getattr(target, name) != value:
+                setattr(target, name, value)
+                changes.setdefault(str(node.target), {})[name] = value
+    return changes
+
+
+def _values(target: nn.Module, path: str, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    for kind in type(target).__mro__:
+        if kind in _RULES:
+            return _RULES[kind](target, shapes, before, after)
+    if any(True for _ in target.parameters(recurse=False)):
+        raise AnalysisError(
+            f"module {path} is a {type(target).__name__}, whose parameters were cut, but no rule says which of its "
+            "attributes hold sizes. Register one with graphprune.cut.attributes.attributes_of."
+        )
+    return {}
+
+
+@attributes_of(_ConvNd)
+def _convolution(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    channel = len(before.shape) - len(module.kernel_size) - 1
+    ins, outs = shapes.size(before, channel), shapes.size(after, channel)
+    if module.transposed:
+        groups = module.groups if module.groups == 1 else max(1, outs // module.weight.shape[1])
+    else:
+        groups = module.groups if module.groups == 1 else max(1, ins // module.weight.shape[1])
+    return {"in_channels": ins, "out_channels": outs, "groups": groups}
+
+
+@attributes_of(nn.Linear)
+def _linear(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    outs, ins = module.weight.shape
+    return {"in_features": ins, "out_features": outs}
+
+
+@attributes_of(_NormBase)
+def _batch_norm(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    return {"num_features": shapes.size(before, min(1, len(before.shape) - 1))}
+
+
+@attributes_of(nn.LayerNorm, nn.RMSNorm)
+def _layer_norm(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    count = len(module.normalized_shape)
+    return {"normalized_shape": shapes.shape(before)[len(before.shape) - count :]}
+
+
+@attributes_of(nn.GroupNorm)
+def _group_norm(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    channels = shapes.size(before, 1)
+    groups = channels if module.num_groups == before.shape[1] else module.num_groups
+    return {"num_channels": channels, "num_groups": groups}
+
+
+@attributes_of(nn.PReLU)
+def _prelu(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    return {"num_parameters": module.weight.shape[0]}
+
+
+@attributes_of(nn.Embedding)
+def _embedding(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    return {"embedding_dim": module.weight.shape[1]}
+
+
+@attributes_of(nn.Unflatten)
+def _unflatten(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    dim = module.dim % len(before.shape)
+    sizes = shapes.shape(after)[dim : dim + len(module.unflattened_size)]
+    return {"unflattened_size": tuple(sizes)}
+
+
+@attributes_of(nn.modules.padding._ConstantPadNd)
+def _constant_pad(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    from graphprune.cut.literals import pad_widths
+
+    return {"padding": tuple(pad_widths(shapes, before, after, list(module.padding)))}

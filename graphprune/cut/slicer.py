@@ -1,0 +1,103 @@
+"""The one slicer: keep the chosen indices of every labelled dimension of every parameter and buffer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.cost import Keep
+from graphprune.cut.attributes import update_attributes
+from graphprune.cut.literals import LiteralChange, rewrite_literals
+from graphprune.cut.shapes import Shapes
+from graphprune.groups import DependencyGroups
+from graphprune.program import Program
+
+__all__ = ["Cut", "cut_program", "slice_tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A cut program, and what was written down where."""
+
+    program: Program
+    attributes: Mapping[str, Mapping[str, Any]]
+    """Module path -> attribute -> new value, for every module attribute that changed."""
+    literals: tuple[LiteralChange, ...]
+    """Every size that was rewritten in the graph itself."""
+
+
+def slice_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return a copy of `tensor` with only the kept indices along each dimension; a parameter stays one.
+
+    Args:
+        tensor: Any parameter or buffer.
+        kept: Dimension -> indices, int64 tensors in ascending order.
+    """
+    data = tensor.detach()
+    # The dimension that shrinks most goes first, so that the others copy less.
+    for dim, indices in sorted(kept.items(), key=lambda item: len(item[1]) / tensor.shape[item[0]]):
+        data = data.index_select(dim, indices)
+    data = data if kept else data.clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
+
+
+def cut_program(program: Program, groups: DependencyGroups, keep: Keep, *, step: str = "cut") -> Cut:
+    """Return `program` without the coupled channels that `keep` leaves out.
+
+    Args:
+        program: The program that `groups` analysed; not changed, and shares nothing with the result.
+        groups: Its analysis.
+        keep: Which coupled channels stay; must break no constraint.
+        step: What the new program's history says.
+
+    Raises:
+        AnalysisError: A module or a node holds a size that no table knows how to rewrite.
+    """
+    memo = _sliced(program.module, groups, keep)
+    module = _copy_with(program.module, memo)
+    shapes = Shapes(groups.labels, keep[groups.channel_of] if groups.num_channels else keep)
+    attributes = update_attributes(module, shapes)
+    literals = rewrite_literals(module, shapes)
+    module.graph.lint()
+    if literals:
+        module.recompile()
+    return Cut(
+        program=program.evolve(module, step=step), attributes=attributes, literals=tuple(literals)
+    )
+
+
+def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dict[int, Tensor]:
+    """Return a cut copy of every tensor of `module`, by the identity of the original."""
+    kept: dict[str, dict[int, Tensor]] = {}
+    for name, source in groups.labels.sources.items():
+        for dim, atoms in source.atoms.items():
+            mask = keep[groups.channel_of[atoms]]
+            if not mask.all():
+                kept.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
+    memo: dict[int, Tensor] = {}
+    named: dict[str, Tensor] = dict(module.named_parameters())
+    named.update(module.named_buffers())
+    for name in kept.keys() - named.keys():
+        value: Any = module
+        for part in name.split("."):
+            value = getattr(value, part)
+        named[name] = value
+    with torch.no_grad():
+        for name, tensor in named.items():
+            memo[id(tensor)] = slice_tensor(tensor, kept.get(name, {}))
+    return memo
+
+
+def _copy_with(module: fx.GraphModule, tensors: dict[int, Tensor]) -> fx.GraphModule:
+    """Return a deep copy of `module` that holds the given tensors in place of its own."""
+    memo: dict[int, Any] = dict(tensors)
+    result: fx.GraphModule = copy.deepcopy(module, memo)
+    return result

@@ -1,0 +1,527 @@
+"""Data sets by name, as loaders of normalised batches, and top-1 accuracy.
+
+    cifar10:DIR   mnist:DIR   fashion-mnist:DIR   imagefolder:DIR   digits   package.module:function
+
+Options follow after commas: ``normalize=imagenet|cifar10|mnist|none|0.5|m1/m2/m3:s1/s2/s3`` and ``size=N``. Nothing is
+ever downloaded. The small sets are held as one uint8 tensor and normalised batch by batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from graphprune.errors import DataError
+from graphprune.exported import flat_outputs
+from graphprune.program import Program
+from graphprune.progress import Progress, SilentProgress
+from graphprune.runtime import Session
+
+__all__ = ["DataSource", "evaluate", "load_data"]
+
+Split = Literal["train", "test"]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+_NORMALIZE: dict[str, Statistics] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "none": ((0.0,), (1.0,)),
+}
+_KINDS = (
+    "cifar10:DIR",
+    "mnist:DIR",
+    "fashion-mnist:DIR",
+    "imagefolder:DIR",
+    "digits",
+    "package.module:function",
+)
+_LAYOUTS = {
+    "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta",
+    "mnist": "MNIST/raw/ with the four unpacked *-ubyte files",
+    "fashion-mnist": "FashionMNIST/raw/ with the four unpacked *-ubyte files",
+    "imagefolder": "one folder per class with images in it, or train/ and val/ (or test/) of that kind",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """A training and a test set, and what a model must take and give to fit them."""
+
+    name: str
+    """What the user called it."""
+    input_shape: tuple[int, ...]
+    """Shape of one sample."""
+    num_classes: int
+    """Number of labels."""
+    split: Callable[[Split], Dataset[Any]]
+    """Returns the data set of one split; the training set is read when it is first asked for."""
+
+    def train(
+        self, batch_size: int, *, shuffle: bool = True, seed: int = 0, limit: int | None = None
+    ) -> DataLoader[Any]:
+        """Return batches of the training set; the same seed gives the same samples in the same order.
+
+        Args:
+            batch_size: Samples in a batch; the last batch may be smaller.
+            shuffle: Whether each epoch has an order of its own.
+            seed: Seed of the order, and of the choice of samples where there is a limit.
+            limit: How many samples to take, drawn at random; None takes all.
+        """
+        dataset = self.split("train")
+        generator = torch.Generator().manual_seed(seed)
+        if limit is not None and limit < _length(dataset):
+            chosen = torch.randperm(_length(dataset), generator=generator)[:limit]
+            dataset = Subset(dataset, sorted(chosen.tolist()))
+        return _loader(dataset, batch_size, shuffle=shuffle, generator=generator)
+
+    def test(self, batch_size: int, *, limit: int | None = None) -> DataLoader[Any]:
+        """Return batches of the test set in a fixed order; a limit takes samples evenly spaced over the whole set."""
+        dataset = self.split("test")
+        total = _length(dataset)
+        if limit is not None and limit < total:
+            dataset = Subset(dataset, [index * total // limit for index in range(limit)])
+        return _loader(dataset, batch_size, shuffle=False, generator=None)
+
+
+class TensorImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images held as one uint8 tensor; batches are scaled, resized and normalised when they are taken."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        white: float,
+        statistics: Statistics,
+        size: int | None,
+    ) -> None:
+        """Hold `images` (N, C, H, W); `white` is the value that becomes 1.0."""
+        self.images = images
+        self.labels = labels
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+        self.factor = 1.0 / (white * std)
+        self.offset = -mean / std
+        self.size = size
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return one normalised image and its label."""
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a whole batch; DataLoader asks for it this way, and takes it as it is."""
+        chosen = torch.as_tensor(indices)
+        images = self.images[chosen].to(torch.float32)
+        if self.size is not None and images.shape[-2:] != (self.size, self.size):
+            images = nn.functional.interpolate(
+                images,
+                size=(self.size, self.size),
+                mode="bilinear",
+                antialias=True,
+                align_corners=False,
+            )
+        return images * self.factor + self.offset, self.labels[chosen]
+
+
+def load_data(spec: str) -> DataSource:
+    """Return the data set that `spec` names.
+
+    Each set is normalised by its own usual constants unless ``normalize=`` says otherwise; `digits` is left in 0..1.
+
+    Raises:
+        DataError: The name or an option is unknown, or the folder does not hold what it should.
+    """
+    head, options = _parse(spec)
+    kind, _, where = head.partition(":")
+    if head == "digits":
+        return _digits(spec, _Options(spec, options, default="none"))
+    if kind in ("cifar10", "mnist", "fashion-mnist", "imagefolder"):
+        if not where:
+            raise DataError(
+                f"expected {kind}:DIR, found {spec!r}; the folder holds {_LAYOUTS[kind]}"
+            )
+        folder = Path(where).expanduser()
+        if not folder.is_dir():
+            raise DataError(
+                f"data {spec!r}: expected a folder with {_LAYOUTS[kind]}, found no folder at {str(folder)!r}"
+            )
+        if kind == "imagefolder":
+            return _image_folder(spec, folder, _Options(spec, options, default="imagenet"))
+        return _torchvision(spec, kind, folder, _Options(spec, options, default=kind))
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", head):
+        if options:
+            raise DataError(
+                f"data {spec!r}: a function takes no options, found {', '.join(options)}"
+            )
+        return _from_function(spec, kind, where)
+    raise DataError(f"expected data as one of {', '.join(_KINDS)}, found {spec!r}")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module | Program | Session,
+    loader: DataLoader[Any],
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> float:
+    """Return top-1 accuracy, as a fraction of the samples.
+
+    The first tensor of the model's output counts as its logits. A model with a fixed batch gets every batch cut into,
+    or filled up to, its own size.
+
+    Args:
+        model: A module, a program, or a file in ONNX Runtime.
+        loader: Batches of (inputs, labels).
+        device: Where a module or program computes; it comes back to where it was. A session keeps its own provider.
+        progress: Where to show progress; None shows nothing.
+
+    Raises:
+        DataError: The samples do not fit the model's input, or its output is not one row of logits per sample.
+    """
+    total = correct = 0
+    with (
+        _Predictor(model, device) as predict,
+        (progress or SilentProgress()).task("evaluate", len(loader)) as task,
+    ):
+        for inputs, labels in loader:
+            logits = predict(inputs)
+            if logits.dim() != 2 or len(logits) != len(labels):
+                raise DataError(
+                    f"expected logits of shape ({len(labels)}, classes), found {tuple(logits.shape)}; "
+                    "top-1 accuracy needs a classifier"
+                )
+            if int(labels.max()) >= logits.shape[1]:
+                raise DataError(
+                    f"found label {int(labels.max())}, but the model tells {logits.shape[1]} classes apart"
+                )
+            correct += int((logits.argmax(1).cpu() == labels).sum())
+            total += len(labels)
+            task.advance()
+    if not total:
+        raise DataError("expected at least one test sample, found none")
+    return correct / total
+
+
+class _Predictor:
+    """Calls a model on batches of any size, with the module on the wanted device and in evaluation mode meanwhile."""
+
+    def __init__(self, model: nn.Module | Program | Session, device: str) -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self.module = (
+            model.module
+            if isinstance(model, Program)
+            else model
+            if isinstance(model, nn.Module)
+            else None
+        )
+        shape: tuple[int | None, ...] | None = None
+        if isinstance(model, Session):
+            shape = model.input_shapes[0]
+        elif isinstance(model, Program):
+            example = model.example_inputs[0].shape
+            shape = (None, *example[1:]) if model.dynamic_batch else tuple(example)
+        self.shape = shape
+
+    def __enter__(self) -> Callable[[Tensor], Tensor]:
+        self.home: torch.device | None = None
+        self.trained = False
+        if self.module is not None:
+            tensor = next(itertools.chain(self.module.parameters(), self.module.buffers()), None)
+            self.home = tensor.device if tensor is not None else None
+            # A captured program is in evaluation mode already, and one from torch.export refuses the switch.
+            self.trained = not isinstance(self.model, Program) and self.module.training
+            if self.trained:
+                self.module.eval()
+            if self.home is not None and self.home != self.device:
+                self.module.to(self.device)
+        return self.predict
+
+    def __exit__(self, *_: object) -> None:
+        if self.module is not None:
+            if self.home is not None and self.home != self.device:
+                self.module.to(self.home)
+            if self.trained:
+                self.module.train()
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        if self.shape is not None:
+            wanted, found = self.shape[1:], tuple(inputs.shape[1:])
+            if len(wanted) != len(found) or any(
+                w not in (None, f) for w, f in zip(wanted, found, strict=True)
+            ):
+                raise DataError(
+                    f"the model takes samples of shape {_shape_text(wanted)}, the data gives {_shape_text(found)}; "
+                    "a data option such as size=N may help"
+                )
+        fixed = self.shape[0] if self.shape is not None else None
+        if fixed is None or len(inputs) == fixed:
+            return self.call(inputs)
+        rows = []
+        for start in range(0, len(inputs), fixed):
+            part = inputs[start : start + fixed]
+            missing = fixed - len(part)
+            filled = (
+                torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+            )
+            rows.append(self.call(filled)[: len(part)])
+        return torch.cat(rows)
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if self.module is None:
+            return cast("Session", self.model).run(inputs)[0]
+        return flat_outputs(self.module(inputs.to(self.device)))[0]
+
+
+class _Options:
+    """The options of one spec; every one must be known."""
+
+    def __init__(self, spec: str, given: Mapping[str, str], *, default: str) -> None:
+        known = ("normalize", "size")
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise DataError(
+                f"data {spec!r}: unknown option {unknown[0]!r}; known: {', '.join(known)}"
+            )
+        self.spec = spec
+        self.given = given
+        self.default = default
+
+    @property
+    def size(self) -> int | None:
+        text = self.given.get("size")
+        if text is None:
+            return None
+        if not text.isdigit() or int(text) < 1:
+            raise DataError(
+                f"data {self.spec!r}: expected size=N with N at least 1, found size={text}"
+            )
+        return int(text)
+
+    def statistics(self, channels: int) -> Statistics:
+        """Return mean and standard deviation per channel."""
+        text = self.given.get("normalize", self.default)
+        mean, std = _NORMALIZE[text] if text in _NORMALIZE else self._numbers(text)
+        found = sorted({len(mean), len(std)} - {1, channels})
+        if found:
+            raise DataError(
+                f"data {self.spec!r}: normalize={text} gives {found[0]} channels, the images have {channels}"
+            )
+        if min(std) <= 0:
+            raise DataError(
+                f"data {self.spec!r}: normalize={text} needs positive standard deviations"
+            )
+        return mean, std
+
+    def _numbers(self, text: str) -> Statistics:
+        means, _, stds = text.partition(":")
+        try:
+            mean = tuple(float(value) for value in means.split("/"))
+            std = tuple(float(value) for value in (stds or means).split("/"))
+        except ValueError:
+            raise DataError(
+                f"data {self.spec!r}: expected normalize= one of {', '.join(_NORMALIZE)}, a number that is both mean "
+                f"and deviation, or m1/m2/m3:s1/s2/s3; found {text!r}"
+            ) from None
+        return mean, std
+
+
+def _parse(spec: str) -> tuple[str, dict[str, str]]:
+    # A folder's name may hold commas: options are the pieces at the end that read name=value.
+    pieces = spec.split(",")
+    options: dict[str, str] = {}
+    while len(pieces) > 1 and (match := re.fullmatch(r"\s*([A-Za-z_-]+)=(.*)", pieces[-1])):
+        if match[1] in options:
+            raise DataError(f"data {spec!r}: option {match[1]!r} is given twice")
+        options[match[1]] = match[2].strip()
+        pieces.pop()
+    return ",".join(pieces).strip(), dict(reversed(options.items()))
+
+
+def _torchvision(spec: str, kind: str, folder: Path, options: _Options) -> DataSource:
+    from torchvision import datasets
+
+    builders: dict[str, Callable[..., Any]] = {
+        "cifar10": datasets.CIFAR10,
+        "mnist": datasets.MNIST,
+        "fashion-mnist": datasets.FashionMNIST,
+    }
+    channels = 3 if kind == "cifar10" else 1
+    statistics, size = options.statistics(channels), options.size
+
+    @functools.cache
+    def split(name: Split) -> TensorImages:
+        try:
+            dataset = builders[kind](str(folder), train=name == "train", download=False)
+        except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+            raise DataError(
+                f"data {spec!r}: expected {_LAYOUTS[kind]} in {str(folder)!r}, found it missing, incomplete or damaged"
+            ) from error
+        raw = torch.as_tensor(dataset.data)
+        images = raw.permute(0, 3, 1, 2).contiguous() if channels == 3 else raw.unsqueeze(1)
+        labels = torch.as_tensor(dataset.targets)
+        return TensorImages(images, labels, white=255.0, statistics=statistics, size=size)
+
+    return _source(spec, split, num_classes=10)
+
+
+def _digits(spec: str, options: _Options) -> DataSource:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError(
+            "data 'digits' needs scikit-learn, which is not installed; install it with: "
+            "pip install 'graphprune[demo]'"
+        ) from error
+    digits = load_digits()
+    images = torch.as_tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
+    labels = torch.as_tensor(digits.target, dtype=torch.int64)
+    train, test = train_test_split(
+        range(len(labels)), test_size=360, stratify=labels.numpy(), random_state=0
+    )
+    statistics, size = options.statistics(1), options.size
+
+    def split(name: Split) -> TensorImages:
+        chosen = torch.as_tensor(train if name == "train" else test)
+        return TensorImages(
+            images[chosen], labels[chosen], white=16.0, statistics=statistics, size=size
+        )
+
+    return _source(spec, functools.cache(split), num_classes=10)
+
+
+def _image_folder(spec: str, folder: Path, options: _Options) -> DataSource:
+    from torchvision import datasets, transforms
+
+    mean, std = options.statistics(3)
+    size = options.size or 224
+    transform = transforms.Compose(
+        [
+            # The usual evaluation crop: the shorter side to 256/224 of the size, then the centre.
+            transforms.Resize(round(size * 256 / 224)),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    train, test = folder, folder
+    if (folder / "train").is_dir():
+        train = folder / "train"
+        found = [folder / name for name in ("val", "test") if (folder / name).is_dir()]
+        if not found:
+            raise DataError(
+                f"data {spec!r}: expected val/ or test/ beside {str(train)!r}, found neither"
+            )
+        test = found[0]
+
+    @functools.cache
+    def read(where: Path) -> datasets.ImageFolder:
+        try:
+            return datasets.ImageFolder(str(where), transform=transform)
+        except (FileNotFoundError, OSError) as error:
+            raise DataError(
+                f"data {spec!r}: expected {_LAYOUTS['imagefolder']} in {str(where)!r}: {error}"
+            ) from error
+
+    if read(train).classes != read(test).classes:
+        raise DataError(
+            f"data {spec!r}: {str(train)!r} holds {len(read(train).classes)} classes and {str(test)!r} "
+            f"{len(read(test).classes)}, or under other names; expected the same class folders in both"
+        )
+    return _source(
+        spec,
+        lambda name: read(train if name == "train" else test),
+        num_classes=len(read(test).classes),
+    )
+
+
+def _from_function(spec: str, module_name: str, function_name: str) -> DataSource:
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"data {spec!r}: cannot import {module_name!r} ({error}); expected one of {', '.join(_KINDS)}"
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise DataError(f"data {spec!r}: module {module_name!r} has no function {function_name!r}")
+    pair = function()
+    if not (
+        isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(d, "__getitem__") for d in pair)
+    ):
+        raise DataError(
+            f"data {spec!r}: expected {function_name}() to return (train_dataset, test_dataset), found {type(pair)}"
+        )
+    train, test = pair
+    return _source(spec, lambda name: train if name == "train" else test, num_classes=None)
+
+
+def _source(
+    spec: str, split: Callable[[Split], Dataset[Any]], *, num_classes: int | None
+) -> DataSource:
+    test = split("test")
+    if not _length(test):
+        raise DataError(f"data {spec!r}: the test set is empty")
+    sample = test[0]
+    if not (
+        isinstance(sample, (tuple, list)) and len(sample) == 2 and isinstance(sample[0], Tensor)
+    ):
+        raise DataError(
+            f"data {spec!r}: expected samples (tensor, label), found {type(sample).__name__}"
+        )
+    if num_classes is None:
+        named = getattr(test, "classes", None)
+        num_classes = (
+            len(named) if named else 1 + max(int(test[i][1]) for i in range(_length(test)))
+        )
+    return DataSource(
+        name=spec, input_shape=tuple(sample[0].shape), num_classes=num_classes, split=split
+    )
+
+
+def _loader(
+    dataset: Dataset[Any], batch_size: int, *, shuffle: bool, generator: torch.Generator | None
+) -> DataLoader[Any]:
+    if batch_size < 1:
+        raise DataError(f"expected a batch size of at least 1, found {batch_size}")
+    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
+    collate = _as_is if isinstance(inner, TensorImages) else None
+    return DataLoader(dataset, batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    return len(cast("Sized", dataset))
+
+
+def _shape_text(shape: Sequence[int | None]) -> str:
+    return "x".join("?" if size is None else str(size) for size in shape)

@@ -1,0 +1,311 @@
+"""Coupled channels, dependency groups, and the constraints on removing them.
+
+Labels say which atoms are the same; the connected components of those pairs are the *coupled channels*, numbered from 0.
+Coupled channels that live in the same places (parameter dimensions) form a *dependency group*. A choice of channels is
+a boolean array `keep` over coupled channels; `DependencyGroups.close` completes one, so that blocks (heads,
+convolution groups) go when their last member does, and take their members along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from graphprune.cost import CostModel, Keep
+from graphprune.labels.atoms import Atoms, AtomTable
+from graphprune.labels.propagate import Labels, TensorInfo, propagate
+from graphprune.outcome import Kept
+from graphprune.pipeline import Facts
+from graphprune.program import Program
+
+__all__ = ["DependencyGroup", "DependencyGroups", "Place", "analyze"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One dimension of one parameter or buffer."""
+
+    name: str
+    dim: int
+
+    def __str__(self) -> str:
+        """Return ``name[dim]``."""
+        return f"{self.name}[{self.dim}]"
+
+
+@dataclass(frozen=True)
+class DependencyGroup:
+    """Coupled channels that live in the same places, so that removing one means the same slices everywhere."""
+
+    index: int
+    channels: Atoms
+    """The coupled channels, in the order of their first place."""
+    places: tuple[Place, ...]
+    pinned: str | None
+    """Why no channel of the group can go; None where they can."""
+
+    def __len__(self) -> int:
+        """Return the number of coupled channels."""
+        return len(self.channels)
+
+    @property
+    def name(self) -> str:
+        """What people call the group: the parameter that makes its channels."""
+        return str(self.places[0])
+
+    def __str__(self) -> str:
+        """Return one line: size, places, and why it is pinned."""
+        shown = ", ".join(map(str, self.places[:4])) + (", ..." if len(self.places) > 4 else "")
+        reason = f"  pinned: {self.pinned}" if self.pinned else ""
+        return f"group {self.index}: {len(self)} channels in {len(self.places)} places ({shown}){reason}"
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """All block atoms as coupled channels, members flattened."""
+
+    rows: Atoms
+    members: Atoms
+    starts: Atoms
+    is_head: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, table: AtomTable, channel_of: Atoms) -> _Blocks:
+        rows, members, lengths, heads = [], [], [], []
+        for block in table.blocks:
+            rows.append(channel_of[block.rows])
+            members.append(channel_of[block.members].ravel())
+            lengths += [block.members.shape[1]] * len(block.rows)
+            heads += [block.is_head] * len(block.rows)
+        empty = np.zeros(0, np.int64)
+        return cls(
+            rows=np.concatenate(rows) if rows else empty,
+            members=np.concatenate(members) if members else empty,
+            starts=np.cumsum([0, *lengths])[:-1] if lengths else empty,
+            is_head=np.array(heads, dtype=np.bool_),
+        )
+
+    @cached_property
+    def owner(self) -> Atoms:
+        """For each entry of `members`, the position of its row."""
+        lengths = np.diff([*self.starts, len(self.members)])
+        return np.repeat(np.arange(len(self.rows)), lengths)
+
+
+@dataclass(frozen=True)
+class DependencyGroups(Facts):
+    """What the analysis of a program found; changes nothing."""
+
+    labels: Labels
+    channel_of: Atoms
+    """Atom -> coupled channel."""
+    num_channels: int
+    """Number of coupled channels, those without a parameter included."""
+    groups: tuple[DependencyGroup, ...]
+    pinned: NDArray[np.bool_]
+    """Per coupled channel: it may never be removed."""
+    cost: CostModel
+    kept: tuple[Kept, ...]
+    """Groups that cannot be pruned, and why."""
+    blocks: _Blocks = field(repr=False)
+
+    def __len__(self) -> int:
+        """Return the number of dependency groups."""
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[DependencyGroup]:
+        """Iterate over the dependency groups in graph order."""
+        return iter(self.groups)
+
+    def __getitem__(self, index: int) -> DependencyGroup:
+        """Return one dependency group."""
+        return self.groups[index]
+
+    def __str__(self) -> str:
+        """Return one line per group."""
+        total = sum(map(len, self.groups))
+        head = f"{len(self)} dependency groups, {total} coupled channels"
+        return "\n".join([head, *(f"  {group}" for group in self.groups)])
+
+    def channels_of(self, place: Place) -> Atoms:
+        """Return the coupled channel of every index along a parameter dimension."""
+        return self.channel_of[self.labels.sources[place.name].atoms[place.dim]]
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Every labelled dimension of every parameter and buffer."""
+        sources = self.labels.sources.values()
+        return tuple(Place(s.name, dim) for s in sources for dim in sorted(s.atoms))
+
+    @cached_property
+    def axes(self) -> tuple[Atoms, ...]:
+        """The coupled channels of every labelled dimension, each once: none of these may become empty."""
+        arrays: dict[int, Atoms] = {}
+        for source in self.labels.sources.values():
+            arrays.update((id(a), a) for a in source.atoms.values())
+        for info in _tensor_infos(list(self.labels.values.values())):
+            arrays.update((id(f.atoms), f.atoms) for f in info.fields)
+        mapped = (self.channel_of[a].ravel() for a in arrays.values())
+        return tuple({a.tobytes(): a for a in mapped}.values())
+
+    @cached_property
+    def nests(self) -> tuple[Atoms, ...]:
+        """Arrays of coupled channels whose rows (last axis) keep equal counts."""
+        return tuple(self.channel_of[nest.atoms] for nest in self.labels.table.nests)
+
+    def close(self, keep: Keep) -> Keep:
+        """Return `keep` without blocks whose last member is gone, and without the members of blocks that are gone."""
+        blocks, keep = self.blocks, keep.copy()
+        while len(blocks.rows):
+            row_kept = keep[blocks.rows] & np.logical_or.reduceat(keep[blocks.members], blocks.starts)
+            after = keep.copy()
+            after[blocks.rows[~row_kept]] = False
+            after[blocks.members[~row_kept[blocks.owner]]] = False
+            if (after == keep).all():
+                break
+            keep = after
+        return keep
+
+    def violations(self, keep: Keep) -> list[str]:
+        """Return what is wrong with a choice of channels; empty for one that surgery can carry out."""
+        wrong = []
+        if (~keep & self.pinned).any():
+            wrong.append(f"{int((~keep & self.pinned).sum())} pinned channels would go")
+        if (self.close(keep) != keep).any():
+            wrong.append("a block would go without its members, or the other way round")
+        for nest, source in zip(self.nests, self.labels.table.nests, strict=True):
+            counts = keep[nest].sum(axis=-1)
+            if len(set(counts[counts > 0].tolist())) > 1:
+                wrong.append(f"blocks at node {source.node} would keep unequal counts {counts.ravel().tolist()[:8]}")
+        wrong += ["a tensor would lose all its channels" for a in self.axes if not keep[a].any()]
+        return wrong
+
+    def to_networkx(self) -> nx.Graph[str]:
+        """Return a bipartite graph: groups on one side, places (parameter dimensions) on the other."""
+        graph: nx.Graph[str] = nx.Graph()
+        for group in self.groups:
+            node = f"group {group.index}"
+            graph.add_node(node, kind="group", channels=len(group), pinned=group.pinned)
+            for place in group.places:
+                graph.add_node(str(place), kind="place", parameter=place.name, dim=place.dim)
+                graph.add_edge(node, str(place))
+        return graph
+
+
+def _tensor_infos(values: Sequence[object]) -> Iterator[TensorInfo]:
+    for value in values:
+        if isinstance(value, TensorInfo):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensor_infos(value)
+        elif isinstance(value, dict):
+            yield from _tensor_infos(list(value.values()))
+
+
+def analyze(program: Program) -> DependencyGroups:
+    """Find coupled channels, dependency groups, constraints and costs of a program.
+
+    Args:
+        program: What `capture` returned; not changed.
+
+    Returns:
+        The facts that choosing and removing channels need.
+
+    Raises:
+        AnalysisError: The graph does not run on the shapes of its example inputs.
+    """
+    labels = propagate(program)
+    channel_of, num_channels = _components(labels.table)
+    blocks = _Blocks.of(labels.table, channel_of)
+    pinned, reasons = _pins(labels.table, channel_of, num_channels, blocks)
+    groups = _dependency_groups(labels, channel_of, num_channels, pinned, reasons)
+    kept = [Kept(f"{g.name} ({len(g)} channels)", g.pinned) for g in groups if g.pinned]
+    return DependencyGroups(
+        labels=labels,
+        channel_of=channel_of,
+        num_channels=num_channels,
+        groups=groups,
+        pinned=pinned,
+        cost=CostModel.build(program, labels, channel_of, num_channels),
+        kept=tuple(kept),
+        blocks=blocks,
+    )
+
+
+def _components(table: AtomTable) -> tuple[Atoms, int]:
+    if not table.size:
+        return np.zeros(0, np.int64), 0
+    if not table.pairs:
+        return np.arange(table.size), table.size
+    a = np.concatenate([p for p, _ in table.pairs])
+    b = np.concatenate([q for _, q in table.pairs])
+    matrix = coo_array((np.ones(len(a), np.bool_), (a, b)), shape=(table.size, table.size))
+    count, labels = connected_components(matrix, directed=False)
+    return labels.astype(np.int64), int(count)
+
+
+def _pins(
+    table: AtomTable, channel_of: Atoms, num_channels: int, blocks: _Blocks
+) -> tuple[NDArray[np.bool_], Mapping[int, str]]:
+    """Return which channels may never go; a block stays where one of its members must."""
+    pinned = np.zeros(num_channels, np.bool_)
+    reasons: dict[int, str] = {}
+    for pin in table.pins:
+        channels = channel_of[pin.atoms]
+        fresh = np.unique(channels[~pinned[channels]])
+        pinned[channels] = True
+        reasons.update(dict.fromkeys(fresh.tolist(), f"{pin.why} (node {pin.node})"))
+    while len(blocks.rows):
+        held = np.logical_or.reduceat(pinned[blocks.members], blocks.starts) & ~pinned[blocks.rows]
+        if not held.any():
+            break
+        pinned[blocks.rows[held]] = True
+        reasons.update(dict.fromkeys(blocks.rows[held].tolist(), "a part of it cannot go"))
+    return pinned, reasons
+
+
+def _dependency_groups(
+    labels: Labels,
+    channel_of: Atoms,
+    num_channels: int,
+    pinned: NDArray[np.bool_],
+    reasons: Mapping[int, str],
+) -> tuple[DependencyGroup, ...]:
+    """Group channels by the set of places in which they live, told apart by the sum of random words per place."""
+    places = [(s.name, dim, channel_of[a]) for s in labels.sources.values() for dim, a in sorted(s.atoms.items())]
+    if not places:
+        return ()
+    words = np.random.default_rng(0).integers(1, 2**63, size=len(places), dtype=np.uint64)
+    signature = np.zeros(num_channels, np.uint64)
+    for word, (_, _, channels) in zip(words, places, strict=True):
+        once = np.zeros(num_channels, np.bool_) if len(channels) > 4096 else None
+        if once is not None:
+            once[channels] = True
+            signature[once] += word
+        else:
+            signature[np.unique(channels)] += word
+    signature += pinned.astype(np.uint64)
+    members: dict[int, Atoms] = {}
+    where: dict[int, list[Place]] = {}
+    for name, dim, channels in places:
+        for mark in dict.fromkeys(signature[channels].tolist()):
+            if mark not in members:
+                chosen = channels[signature[channels] == mark]
+                members[mark] = chosen[np.sort(np.unique(chosen, return_index=True)[1])]
+            where.setdefault(mark, []).append(Place(name, dim))
+    return tuple(
+        DependencyGroup(
+            index=i,
+            channels=channels,
+            places=tuple(where[mark]),
+            pinned=reasons.get(int(channels[0])) if pinned[channels[0]] else None,
+        )
+        for i, (mark, channels) in enumerate(members.items())
+    )

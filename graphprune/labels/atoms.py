@@ -1,0 +1,106 @@
+"""Atoms, and what is known about which of them must go together.
+
+An *atom* is an integer that stands for one index along one dimension of a parameter, a buffer, or a tensor that the
+graph fills with a constant. While labels travel through the graph, rules note facts about atoms in an `AtomTable`:
+
+- `unify`   two atoms are the same channel;
+- `pin`     an atom may never be removed, and why;
+- `block`   a new atom that is present exactly as long as any of its members is (a head, a convolution group);
+- `nest`    an array of atoms that a tensor holds over several dimensions: all rows that are left keep equal counts.
+
+Nothing is resolved here; `graphprune.groups` turns the table into coupled channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["AtomTable", "Atoms", "Block", "Nest", "Pin"]
+
+Atoms = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Atoms that may never be removed, with the reason and the node that asked for it."""
+
+    atoms: Atoms
+    why: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Atoms `rows[i]`, each present as long as any atom of `members[i]` is."""
+
+    rows: Atoms
+    """Shape (n,)."""
+    members: Atoms
+    """Shape (n, m)."""
+    is_head: bool
+    """Whether the block is an attention head (or what acts like one) rather than a convolution group."""
+
+
+@dataclass(frozen=True)
+class Nest:
+    """An array of atoms whose rows (last axis) must keep equal counts, unless a row goes as a whole."""
+
+    atoms: Atoms
+    """Shape (..., m), outermost dimension first."""
+    node: str
+
+
+@dataclass
+class AtomTable:
+    """Everything that propagation learns about atoms."""
+
+    size: int = 0
+    pairs: list[tuple[Atoms, Atoms]] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    nests: list[Nest] = field(default_factory=list)
+    _block_of: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
+    _nested: set[tuple[bytes, tuple[int, ...]]] = field(default_factory=set)
+
+    def fresh(self, count: int) -> Atoms:
+        """Return `count` atoms that stand for nothing yet."""
+        atoms = np.arange(self.size, self.size + count)
+        self.size += count
+        return atoms
+
+    def unify(self, a: Atoms, b: Atoms) -> None:
+        """Note that `a[i]` and `b[i]` are the same channel; shapes must broadcast."""
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        if a is not b:
+            self.pairs.append((a.ravel(), b.ravel()))
+
+    def unify_along(self, atoms: Atoms, axis: int) -> Atoms:
+        """Note that atoms along `axis` are one channel; return the array without that axis."""
+        first = atoms.take(0, axis=axis)
+        self.unify(np.expand_dims(first, axis), atoms)
+        return first
+
+    def pin(self, atoms: Atoms, why: str, node: str) -> None:
+        """Note that `atoms` may never be removed."""
+        self.pins.append(Pin(atoms.ravel(), why, node))
+
+    def block(self, members: Atoms, *, is_head: bool = True) -> Atoms:
+        """Return one atom per row of `members` (shape (..., m)): present as long as any of the row is."""
+        key = (members.tobytes(), members.shape)
+        if key not in self._block_of:
+            flat = members.reshape(-1, members.shape[-1])
+            rows = self.fresh(len(flat))
+            self.blocks.append(Block(rows, flat, is_head))
+            self._block_of[key] = rows.reshape(members.shape[:-1])
+        return self._block_of[key]
+
+    def nest(self, atoms: Atoms, node: str) -> None:
+        """Note that a tensor holds `atoms` over two or more dimensions, outermost first."""
+        key = (atoms.tobytes(), atoms.shape)
+        if atoms.ndim > 1 and atoms.shape[-1] > 1 and key not in self._nested:
+            self._nested.add(key)
+            self.nests.append(Nest(atoms, node))

@@ -1,0 +1,165 @@
+"""Label fields: which atom every element of a tensor belongs to.
+
+A field names the dimensions along which atoms differ and holds them compactly, one axis per such dimension; along all
+other dimensions the label is constant, so the label of a large activation costs as much as its channel count. The
+order of the dimensions is the *nesting* order: when channels go, a tensor that is labelled over ``(heads, head_dim)``
+is packed row by row, and every row that is left must keep the same count.
+
+Sizes of one are never labelled: nothing can be removed from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphprune.labels.atoms import Atoms, AtomTable
+
+__all__ = ["Field", "Fields", "coarsen", "fix", "kept_extent", "meet", "settle"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Atoms over some dimensions of a tensor."""
+
+    dims: tuple[int, ...]
+    """The labelled dimensions in nesting order, outermost first."""
+    atoms: Atoms
+    """One axis per entry of `dims`."""
+
+    def moved(self, position: Sequence[int]) -> Field:
+        """Return the field of a tensor whose dimension `d` has become `position[d]`."""
+        return Field(tuple(position[d] for d in self.dims), self.atoms)
+
+    def over(self, rank: int) -> Atoms:
+        """Return the atoms with one axis per tensor dimension (size 1 where the label is constant)."""
+        order = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        shape = [1] * rank
+        for axis, dim in enumerate(self.dims):
+            shape[dim] = self.atoms.shape[axis]
+        return self.atoms.transpose(order).reshape(shape)
+
+
+Fields = tuple[Field, ...]
+
+
+def coarsen(table: AtomTable, field: Field, dims: Iterable[int]) -> Field:
+    """Return `field` seen along `dims` only.
+
+    Where `dims` are the outer dimensions the result holds block atoms (present while anything of the block is).
+    Otherwise all blocks must keep the same indices, and their atoms are unified.
+    """
+    wanted = set(dims)
+    keep = [axis for axis, dim in enumerate(field.dims) if dim in wanted]
+    if len(keep) == len(field.dims):
+        return field
+    if keep == list(range(len(keep))):
+        shape = field.atoms.shape[: len(keep)]
+        return Field(field.dims[: len(keep)], table.block(field.atoms.reshape(*shape, -1)))
+    atoms = field.atoms
+    for axis in reversed(range(len(field.dims))):
+        if axis not in keep:
+            atoms = table.unify_along(atoms, axis)
+    return Field(tuple(field.dims[axis] for axis in keep), atoms)
+
+
+def fix(table: AtomTable, field: Field, dim: int, why: str, node: str) -> None:
+    """Forbid every removal that would change the tensor's size along `dim`."""
+    axis = field.dims.index(dim)
+    if len(field.dims) == 1:
+        table.pin(field.atoms, why, node)
+    elif axis == len(field.dims) - 1:
+        table.unify_along(field.atoms, axis)
+    else:
+        table.pin(coarsen(table, field, field.dims[: axis + 1]).atoms, why, node)
+
+
+def settle(
+    table: AtomTable, field: Field, dims: Iterable[int], why: str, node: str
+) -> Field | None:
+    """Forbid removals that change the sizes along `dims`, and return the label over the other dimensions, if any."""
+    for dim in dims:
+        if len(field.dims) == 1:
+            table.pin(field.atoms, why, node)
+            return None
+        axis = field.dims.index(dim)
+        names = field.dims[:axis] + field.dims[axis + 1 :]
+        field = Field(names, table.unify_along(field.atoms, axis))
+    return field
+
+
+def meet(
+    table: AtomTable, operands: Sequence[tuple[Fields, frozenset[int]]], why: str, node: str
+) -> Fields:
+    """Bring the labels of tensors together that share an index space, as an elementwise operation does.
+
+    Args:
+        table: Where the facts go.
+        operands: For each tensor its fields, and the dimensions along which it has more than one element; both in the
+            numbering of the shared space.
+        why: What to say of atoms that meet a dimension which cannot change.
+        node: The graph node at work.
+
+    Returns:
+        The fields of the result.
+    """
+    merged: list[Field] = []
+    for fields, _ in operands:
+        for field in fields:
+            _merge(table, merged, field, node)
+    for fields, extent in operands:
+        labelled = {dim for field in fields for dim in field.dims}
+        for field in merged:
+            for dim in field.dims:
+                if dim in extent and dim not in labelled:
+                    fix(table, field, dim, why, node)
+    return tuple(merged)
+
+
+def _merge(table: AtomTable, merged: list[Field], field: Field, node: str) -> None:
+    """Add `field` to `merged`, unified with the fields that it shares dimensions with."""
+    for position, other in enumerate(merged):
+        if other.dims == field.dims:
+            table.unify(other.atoms, field.atoms)
+            return
+        shared = set(other.dims) & set(field.dims)
+        if not shared:
+            continue
+        if shared == set(other.dims) == set(field.dims):
+            table.unify(_packed(table, other, node), _aligned(field, other.dims))
+        elif shared == set(field.dims):
+            coarse = coarsen(table, other, field.dims)
+            table.unify(coarse.atoms, _aligned(field, coarse.dims))
+        elif shared == set(other.dims):
+            coarse = coarsen(table, field, other.dims)
+            table.unify(_aligned(other, coarse.dims), coarse.atoms)
+            merged[position] = field
+        else:
+            table.pin(other.atoms, "two labels share only a part of their dimensions", node)
+            table.pin(field.atoms, "two labels share only a part of their dimensions", node)
+        return
+    merged.append(field)
+
+
+def _aligned(field: Field, dims: tuple[int, ...]) -> Atoms:
+    return field.atoms.transpose([field.dims.index(d) for d in dims])
+
+
+def _packed(table: AtomTable, field: Field, node: str) -> Atoms:
+    """Demand the same indices in every block, so that the nesting order does not matter."""
+    for axis in range(len(field.dims) - 1):
+        table.unify_along(field.atoms, axis)
+    return field.atoms
+
+
+def kept_extent(field: Field, dim: int, keep: NDArray[np.bool_]) -> int:
+    """Return the size along `dim` that is left when only the atoms in `keep` are."""
+    axis = field.dims.index(dim)
+    kept = keep[field.atoms]
+    inner = tuple(range(axis + 1, kept.ndim))
+    if inner:
+        kept = kept.any(axis=inner)
+    return int(kept.sum(axis=axis).max())

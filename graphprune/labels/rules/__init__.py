@@ -1,0 +1,91 @@
+"""The rule table: ATen operator -> what it does to labels.
+
+One file per family; each registers its operators by name with `rule`. To teach graphprune an operator, add a line to
+the family that it belongs to, or a function under ``@rule("namespace::name")``:
+
+=================  =====================================================================================
+contraction.py     convolution, linear, matmul, scaled dot product: labels meet along what is summed over
+elementwise.py     labels that meet are the same channel
+movement.py        view, permute, cat, split, slice, pad, ...: the label moves as the data does
+normalization.py   batch, layer, group, instance, RMS norm: affine weights meet the channel
+reduction.py       sum, mean, softmax, sort, ... along a dimension
+spatial.py         pooling, resampling: leading dimensions keep their label
+source.py          tensors that the graph makes: zeros, full, arange, embedding tables
+=================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphprune.labels.propagate import Call, Rule, Trace
+
+__all__ = ["find_rule", "known_operators", "rule"]
+
+_RULES: dict[str, Rule] = {}
+_FOUND: dict[Any, Rule | None] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of operators, given as ``namespace::name`` (``aten`` where left out).
+
+    The function takes the `Trace` and the `Call`, notes its facts, and returns the operator's output.
+
+    Raises:
+        ValueError: An operator has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            key = name if "::" in name else f"aten::{name}"
+            if key in _RULES:
+                raise ValueError(f"operator {key} already has the rule {_RULES[key].__qualname__}")
+            _RULES[key] = function
+        _FOUND.clear()
+        return function
+
+    return register
+
+
+def find_rule(func: Any) -> Rule | None:
+    """Return the rule of an operator overload; in-place forms share the rule of the functional one."""
+    if func in _FOUND:
+        return _FOUND[func]
+    name = func._schema.name
+    found = _RULES.get(name)
+    if found is None and name.endswith("_") and not name.endswith("__"):
+        functional = _RULES.get(name.removesuffix("_"))
+        found = None if functional is None else _in_place(functional)
+    _FOUND[func] = found
+    return found
+
+
+def known_operators() -> tuple[str, ...]:
+    """Return the names of all operators with a rule."""
+    return tuple(sorted(_RULES))
+
+
+def _in_place(functional: Rule) -> Rule:
+    def run(trace: Trace, call: Call) -> Any:
+        result = functional(trace, call)
+        target = call.args[0]
+        if trace.is_meta(target) and tuple(result.shape) == tuple(target.shape):
+            return trace.relabel(target, trace.fields(result))
+        return result
+
+    return run
+
+
+from graphprune.labels.rules import (  # noqa: E402 - the families register themselves
+    contraction,
+    elementwise,
+    movement,
+    normalization,
+    reduction,
+    source,
+    spatial,
+)
+
+assert all((contraction, elementwise, movement, normalization, reduction, source, spatial))

@@ -1,0 +1,291 @@
+"""Contractions: labels meet along what is summed over, and the result carries what is left.
+
+Every contraction is an elementwise product over a shared index space, followed by a sum over one of its dimensions;
+convolutions have a fast path because they are most of most networks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.labels.atoms import Atoms
+from graphprune.labels.field import Field, Fields, coarsen, meet
+from graphprune.labels.propagate import Call, Trace
+from graphprune.labels.rules import rule
+from graphprune.labels.rules.elementwise import FIXED
+
+__all__ = ["contracted"]
+
+
+def contracted(
+    trace: Trace,
+    call: Call,
+    operands: Sequence[tuple[Tensor, Sequence[int]]],
+    sizes: Sequence[int],
+    reduced: int,
+) -> Fields:
+    """Multiply tensors over a shared index space and sum over one dimension of it.
+
+    Args:
+        trace: The propagation.
+        call: The operator at work.
+        operands: Each tensor, with the place of each of its dimensions in the space.
+        sizes: Extent of the space.
+        reduced: The dimension that is summed over.
+
+    Returns:
+        The fields of the result, in the numbering of the space.
+    """
+    moved = []
+    for tensor, place in operands:
+        fields = tuple(f.moved(place) for f in trace.fields(tensor))
+        moved.append((fields, frozenset(p for d, p in enumerate(place) if tensor.shape[d] > 1)))
+    for (tensor, place), (fields, _) in zip(operands, moved, strict=True):
+        summed = next((f for f in fields if reduced in f.dims), None)
+        if summed is not None:
+            own = [list(place).index(d) for d in summed.dims]
+            trace.consume(call, tensor, Field(tuple(own), summed.atoms))
+            break
+    merged = meet(trace.table, moved, FIXED, trace.node)
+    labelled = {d for f in merged for d in f.dims}
+    constant = math.prod(n for d, n in enumerate(sizes) if d not in labelled)
+    trace.count(constant, *(f.atoms for f in merged))
+    result = []
+    for field in merged:
+        rest = [d for d in field.dims if d != reduced]
+        if len(rest) == len(field.dims):
+            result.append(field)
+        elif rest:
+            result.append(coarsen(trace.table, field, rest))
+    return tuple(result)
+
+
+def _product(trace: Trace, call: Call, a: Tensor, b: Tensor) -> tuple[tuple[int, ...], Fields]:
+    """Return shape and fields of a matrix product; the space is (batch..., rows, columns, inner)."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    rows = (a.shape[-2],) if a.dim() > 1 else ()
+    columns = (b.shape[-1],) if b.dim() > 1 else ()
+    rank = len(batch) + len(rows) + len(columns)
+    row, column = len(batch), len(batch) + len(rows)
+    place_a = [*range(len(batch) - max(0, a.dim() - 2), len(batch)), *([row] if rows else []), rank]
+    place_b = [*range(len(batch) - max(0, b.dim() - 2), len(batch)), rank, *([column] if columns else [])]
+    sizes = (*batch, *rows, *columns)
+    fields = contracted(trace, call, [(a, place_a), (b, place_b)], (*sizes, a.shape[-1]), rank)
+    return sizes, fields
+
+
+@rule("matmul", "mm", "bmm", "dot", "mv")
+def matmul(trace: Trace, call: Call) -> Any:
+    """Matrix product, batched or not; vectors count as a single row or column."""
+    a, b = call.args
+    if not trace.is_meta(a) and not trace.is_meta(b):
+        return trace.run(call)
+    shape, fields = _product(trace, call, a, b)
+    return trace.new(shape, a, fields)
+
+
+@rule("addmm", "baddbmm")
+def addmm(trace: Trace, call: Call) -> Any:
+    """A matrix product plus a bias."""
+    bias, a, b = call.args[:3]
+    shape, fields = _product(trace, call, a, b)
+    return trace.apply(torch.ops.aten.add.Tensor, trace.new(shape, a, fields), bias)
+
+
+@rule("linear")
+def linear(trace: Trace, call: Call) -> Any:
+    """A matrix product with a weight of shape (outputs, inputs)."""
+    x, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
+    rank = x.dim()
+    sizes = (*x.shape[:-1], weight.shape[0], x.shape[-1])
+    place = [*range(rank - 1), rank]
+    fields = contracted(trace, call, [(x, place), (weight, (rank - 1, rank))], sizes, rank)
+    if bias is not None:
+        operands = [(fields, frozenset(range(rank))), trace.operand(bias, rank)]
+        fields = meet(trace.table, [operands[0], operands[1]], FIXED, trace.node)
+    return trace.new(sizes[:-1], x, fields)
+
+
+# -- attention ----------------------------------------------------------------------------------------------------
+
+
+@rule("scaled_dot_product_attention")
+def attention(trace: Trace, call: Call) -> Any:
+    """Softmax of query times key, times value: two contractions; keys stay where they are."""
+    query, key, value = call.args[:3]
+    mask = call.arg(3, "attn_mask")
+    rank = query.dim()
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    length, steps = query.shape[-2], key.shape[-2]
+    lead = list(range(rank - 2))
+    operands = [(query, [*lead, rank - 2, rank]), (key, [*lead, rank - 1, rank])]
+    sizes = (*batch, length, steps, query.shape[-1])
+    weights = contracted(trace, call, operands, sizes, rank)
+    scores = trace.new((*batch, length, steps), query, weights)
+    if mask is not None:
+        scores = trace.apply(torch.ops.aten.add.Tensor, scores, mask)
+    for field in trace.fields(scores):
+        if rank - 1 in field.dims:
+            trace.fix(field, rank - 1, "attention normalises over it")
+    fields = contracted(
+        trace,
+        call,
+        [(scores, [*lead, rank - 2, rank]), (value, [*lead, rank, rank - 1])],
+        (*batch, length, value.shape[-1], steps),
+        rank,
+    )
+    return trace.new((*batch, length, value.shape[-1]), query, fields)
+
+
+# -- convolution --------------------------------------------------------------------------------------------------
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(trace: Trace, call: Call) -> Any:
+    """Convolution of any rank, grouped or transposed."""
+    x, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
+    name = call.func._schema.name.removeprefix("aten::")
+    if name in ("convolution", "_convolution"):
+        stride, padding, dilation = call.args[3:6]
+        transposed, output_padding, groups = call.args[6:9]
+    elif name.startswith("conv_transpose"):
+        transposed = True
+        stride, padding = call.arg(3, "stride", 1), call.arg(4, "padding", 0)
+        output_padding, groups = call.arg(5, "output_padding", 0), call.arg(6, "groups", 1)
+        dilation = call.arg(7, "dilation", 1)
+    else:
+        transposed, output_padding = False, 0
+        stride, padding = call.arg(3, "stride", 1), call.arg(4, "padding", 0)
+        dilation, groups = call.arg(5, "dilation", 1), call.arg(6, "groups", 1)
+    kernel = weight.shape[2:]
+    channel = x.dim() - len(kernel) - 1
+    spatial = _spatial_shape(
+        x.shape[channel + 1 :], kernel, stride, padding, dilation, output_padding if transposed else None
+    )
+    ins = _channel_axis(trace, call, x, channel)
+    outs, counted = (_transposed if transposed else _forward)(trace, weight, ins, groups)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    if bias is not None and (own := trace.axis(bias, 0)) is not None:
+        if outs is None:
+            trace.pin(own, FIXED)
+        else:
+            trace.unify(outs, own)
+    positions = math.prod(x.shape[channel + 1 :] if transposed else spatial)
+    constant, factors = counted
+    trace.count(math.prod(x.shape[:channel]) * positions * math.prod(kernel) * constant, *factors)
+    fields = () if outs is None else (Field((channel,), outs),)
+    return trace.new((*x.shape[:channel], channels, *spatial), x, fields)
+
+
+def _spatial_shape(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    output_padding: Any,
+) -> list[int]:
+    def spread(value: Any) -> list[int]:
+        value = [value] if isinstance(value, int) else list(value)
+        return value * len(sizes) if len(value) == 1 else value
+
+    stride, dilation = spread(stride), spread(dilation)
+    if padding == "same":
+        return list(sizes)
+    padding = spread(0 if padding == "valid" else padding)
+    if output_padding is None:
+        return [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True)
+        ]
+    extra = spread(output_padding)
+    return [
+        (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+        for n, k, s, p, d, e in zip(sizes, kernel, stride, padding, dilation, extra, strict=True)
+    ]
+
+
+def _channel_axis(trace: Trace, call: Call, x: Tensor, channel: int) -> Atoms | None:
+    """Return the atoms of the input's channels; whatever else is labelled (space, batch) cannot change."""
+    result = None
+    for field in trace.fields(x):
+        others = [d for d in field.dims if d != channel]
+        settled = trace.settle(field, others, "a convolution runs over it") if others else field
+        if settled is not None:
+            result = settled.atoms
+            trace.consume(call, x, settled)
+    return result
+
+
+_Counted = tuple[float, tuple[Atoms | None, ...]]
+
+
+def _forward(
+    trace: Trace, weight: Tensor, ins: Atoms | None, groups: int
+) -> tuple[Atoms | None, _Counted]:
+    """Meet the weight (outputs, inputs per group, ...); return the output atoms and what to count."""
+    per_group = weight.shape[1]
+    outs = trace.axis(weight, 0)
+    one = 1 if outs is not None else weight.shape[0]
+    if groups == 1:
+        own = trace.axis(weight, 1)
+        _meet_inputs(trace, ins, own)
+        return outs, (one * (1 if own is not None else per_group), (outs, own))
+    if outs is None:
+        return None, (one * per_group, ())
+    rows = outs.reshape(groups, -1)
+    if per_group == 1:
+        _meet_inputs(trace, ins, rows[:, 0] if rows.shape[1] == 1 else trace.table.block(rows, is_head=False))
+        trace.table.nest(rows, trace.node)
+        return outs, (1, (outs,))
+    own = trace.axis(weight, 1)
+    assert own is not None
+    if ins is None:
+        trace.pin(own, FIXED)
+    else:
+        trace.unify(ins.reshape(groups, -1), own)
+    trace.table.nest(rows, trace.node)
+    trace.pin(rows if rows.shape[1] == 1 else trace.table.block(rows, is_head=False), "a convolution group stays")
+    return outs, (1, (outs, own))
+
+
+def _transposed(
+    trace: Trace, weight: Tensor, ins: Atoms | None, groups: int
+) -> tuple[Atoms | None, _Counted]:
+    """Meet the weight (inputs, outputs per group, ...) of a transposed convolution."""
+    own = trace.axis(weight, 0)
+    _meet_inputs(trace, ins, own)
+    one = 1 if own is not None else weight.shape[0]
+    if groups == 1:
+        outs = trace.axis(weight, 1)
+        return outs, (one * (1 if outs is not None else weight.shape[1]), (own, outs))
+    if own is None:
+        return None, (one * weight.shape[1], ())
+    rows = own.reshape(groups, -1)
+    if rows.shape[1] == 1:
+        if weight.shape[1] > 1:
+            columns = trace.axis(weight, 1)
+            assert columns is not None
+            trace.pin(columns, "outputs of a transposed convolution with one input per group")
+        return own.repeat(weight.shape[1]), (weight.shape[1], (own,))
+    trace.table.nest(rows, trace.node)
+    trace.pin(trace.table.block(rows, is_head=False), "a convolution group stays")
+    columns = trace.axis(weight, 1)
+    if columns is None:
+        outs = trace.table.fresh(groups)
+        trace.pin(outs, "a convolution group stays")
+        return outs, (1, (own,))
+    outs = columns[None].repeat(groups, axis=0)
+    return outs.reshape(-1), (1, (own, columns))
+
+
+def _meet_inputs(trace: Trace, ins: Atoms | None, own: Atoms | None) -> None:
+    if ins is not None and own is not None:
+        trace.unify(ins, own)
+    elif ins is not None or own is not None:
+        trace.pin(ins if ins is not None else own, FIXED)  # type: ignore[arg-type]

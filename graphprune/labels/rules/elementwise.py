@@ -1,0 +1,95 @@
+"""Elementwise operators: labels that meet are the same channel."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.labels.field import Fields, meet
+from graphprune.labels.propagate import Call, Trace
+from graphprune.labels.rules import rule
+
+__all__ = ["FIXED", "met"]
+
+FIXED = "meets a dimension whose size cannot change"
+
+_SAME = """
+    abs neg sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin acos atan sinh cosh
+    tanh erf erfc floor ceil round trunc frac relu relu6 sigmoid silu mish gelu elu celu selu softplus softsign
+    hardswish hardsigmoid hardtanh hardshrink softshrink leaky_relu log_sigmoid logit threshold tanhshrink
+    clamp clamp_min clamp_max clip nan_to_num pow add sub rsub mul div divide multiply subtract true_divide floor_divide
+    remainder fmod maximum minimum fmax fmin addcmul addcdiv lerp where masked_fill atan2 hypot logaddexp sinc
+    dropout feature_dropout alpha_dropout native_dropout clone contiguous detach alias lift_fresh lift_fresh_copy
+    to _to_copy type_as float conj resolve_conj resolve_neg positive fake_quantize_per_tensor_affine
+    zeros_like ones_like full_like empty_like rand_like randn_like bernoulli xlogy copysign polar deg2rad
+""".split()
+_BOOLEAN = """
+    eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not logical_xor
+    bitwise_and bitwise_or bitwise_not bitwise_xor
+""".split()
+
+
+def met(trace: Trace, tensors: list[Tensor], rank: int) -> Fields:
+    """Bring the labels of broadcast tensors together; see `graphprune.labels.field.meet`."""
+    if len(tensors) == 1 and tensors[0].dim() == rank:
+        return trace.fields(tensors[0])
+    return meet(trace.table, [trace.operand(t, rank) for t in tensors], FIXED, trace.node)
+
+
+def _elementwise(trace: Trace, call: Call, dtype: torch.dtype | None) -> Any:
+    tensors = call.tensors()
+    if not any(trace.is_meta(t) for t in tensors):
+        return trace.run(call)
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors)) if len(tensors) > 1 else tensors[0].shape
+    if dtype is None:
+        named = next((a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.dtype)), None)
+        dtype = named or functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    out = torch.empty(shape, dtype=dtype, device="meta")
+    return trace.label(out, met(trace, tensors, len(shape)))
+
+
+@rule(*_SAME)
+def same(trace: Trace, call: Call) -> Any:
+    """Give the output the labels of all operands, unified."""
+    return _elementwise(trace, call, None)
+
+
+@rule(*_BOOLEAN)
+def boolean(trace: Trace, call: Call) -> Any:
+    """As `same`, for operators that return truth values."""
+    return _elementwise(trace, call, torch.bool)
+
+
+@rule("copy_")
+def copy(trace: Trace, call: Call) -> Any:
+    """Write one tensor over another: both hold the same channels afterwards."""
+    target, source = call.args[0], call.args[1]
+    if not trace.is_meta(target) and not trace.is_meta(source):
+        return trace.run(call)
+    return trace.relabel(target, met(trace, [target, source], target.dim()))
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(trace: Trace, call: Call) -> Any:
+    """Leaky ReLU whose slope belongs to the channel (dim 1), or to all channels at once."""
+    x, weight = call.args
+    if weight.numel() > 1 and x.dim() > 1:
+        position = (1,)
+        own = tuple(f.moved(position) for f in trace.fields(weight))
+        rank = x.dim()
+        operands = [trace.operand(x, rank), (own, frozenset(position))]
+        return trace.new(x.shape, x, meet(trace.table, operands, FIXED, trace.node))
+    return trace.new(x.shape, x, trace.fields(x))
+
+
+@rule("glu")
+def glu(trace: Trace, call: Call) -> Any:
+    """Gate one half of a dimension with the other: the halves are the same channels."""
+    x, dim = call.args[0], call.arg(1, "dim", -1) % call.args[0].dim()
+    half = x.shape[dim] // 2
+    first = trace.apply(torch.ops.aten.slice.Tensor, x, dim, 0, half)
+    second = trace.apply(torch.ops.aten.slice.Tensor, x, dim, half, 2 * half)
+    return trace.apply(torch.ops.aten.mul.Tensor, first, second)

@@ -1,0 +1,513 @@
+"""Data movement: the label moves as the data does.
+
+These operators rename, split, merge, pick and join dimensions, and do the same to the compact label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphprune.labels.atoms import Atoms
+from graphprune.labels.field import Field, Fields, meet
+from graphprune.labels.propagate import Call, Trace
+from graphprune.labels.rules import rule
+from graphprune.labels.rules.elementwise import FIXED
+
+__all__ = ["reshaped"]
+
+
+# -- reshape ------------------------------------------------------------------------------------------------------
+
+
+def reshaped(trace: Trace, fields: Fields, old: Sequence[int], new: Sequence[int]) -> Fields:
+    """Return the fields of a tensor of shape `old` viewed as `new` (row-major)."""
+    groups = _aligned_groups(old, new)
+    return tuple(f for f in (_reshape_field(trace, field, old, new, groups) for field in fields) if f)
+
+
+def _aligned_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split both shapes into the shortest runs of dimensions with equal products; sizes of one are left out."""
+    i = [d for d, n in enumerate(old) if n != 1]
+    j = [d for d, n in enumerate(new) if n != 1]
+    groups = []
+    a = b = 0
+    while a < len(i) and b < len(j):
+        ins, outs = [i[a]], [j[b]]
+        left, right = old[i[a]], new[j[b]]
+        a, b = a + 1, b + 1
+        while left != right:
+            if left < right:
+                left *= old[i[a]]
+                ins.append(i[a])
+                a += 1
+            else:
+                right *= new[j[b]]
+                outs.append(j[b])
+                b += 1
+        groups.append((ins, outs))
+    return groups
+
+
+def _reshape_field(
+    trace: Trace,
+    field: Field,
+    old: Sequence[int],
+    new: Sequence[int],
+    groups: list[tuple[list[int], list[int]]],
+) -> Field | None:
+    for ins, outs in groups:
+        inside = [d for d in field.dims if d in ins]
+        if not inside:
+            continue
+        if len(ins) == len(outs) == 1:
+            field = Field(tuple(-1 - outs[0] if d == ins[0] else d for d in field.dims), field.atoms)
+            continue
+        field = _regroup(trace, field, inside, ins, outs, old, new)
+    field = Field(tuple(-1 - d for d in field.dims), field.atoms)  # new dims were written as -1 - d
+    return field if field.dims else None
+
+
+def _regroup(
+    trace: Trace,
+    field: Field,
+    inside: list[int],
+    ins: list[int],
+    outs: list[int],
+    old: Sequence[int],
+    new: Sequence[int],
+) -> Field:
+    """Replace the dimensions `inside` of `field` by those of the group's new shape along which the label varies."""
+    start = field.dims.index(inside[0])
+    contiguous = field.dims[start : start + len(inside)] == tuple(inside)
+    if len(inside) > 1 and not (contiguous and inside == sorted(inside)):
+        # Blocks interleave when they are merged in this order: every block keeps the same indices.
+        for axis in range(len(field.dims) - 1):
+            trace.table.unify_along(field.atoms, axis)
+    axes = [field.dims.index(d) for d in inside]
+    rest = [axis for axis in range(len(field.dims)) if axis not in axes]
+    order = sorted(range(len(inside)), key=inside.__getitem__)
+    atoms = field.atoms.transpose([*rest, *(axes[k] for k in order)])
+    head = atoms.shape[: len(rest)]
+    full = atoms.reshape(*head, *(old[d] if d in inside else 1 for d in ins))
+    full = np.broadcast_to(full, (*head, *(old[d] for d in ins))).reshape(*head, *(new[d] for d in outs))
+    dims = []
+    for position in reversed(range(len(outs))):
+        axis = len(head) + position
+        first = full.take([0], axis=axis)
+        if (full == first).all():
+            full = first.squeeze(axis)
+        else:
+            dims.insert(0, -1 - outs[position])
+    if not dims:
+        trace.pin(full, "all of a dimension is one channel")
+    before = [axis for axis in rest if axis < start]
+    back = [*range(len(before)), *range(len(head), len(head) + len(dims)), *range(len(before), len(head))]
+    names = [*(field.dims[a] for a in before), *dims, *(field.dims[a] for a in rest if a > start)]
+    return Field(tuple(names), full.transpose(back))
+
+
+def _view(trace: Trace, x: Tensor, shape: Sequence[int]) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device="meta").view(tuple(shape))
+    return trace.label(out, reshaped(trace, trace.fields(x), x.shape, out.shape))
+
+
+@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as")
+def view(trace: Trace, call: Call) -> Any:
+    """Split and merge dimensions; a label over several new dimensions is a nest."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    if call.func._schema.name in ("aten::flatten", "aten::unflatten"):
+        blank = torch.empty(x.shape, device="meta")
+        shape = call.func(blank, *call.args[1:], **call.kwargs).shape
+    else:
+        shape = call.arg(1, "size", call.kwargs.get("shape"))
+        shape = shape.shape if isinstance(shape, Tensor) else shape
+    if isinstance(shape, torch.dtype):
+        trace.freeze(x, "viewed as another type")
+        return trace.run(call)
+    return _view(trace, x, shape)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def shuffle(trace: Trace, call: Call) -> Any:
+    """Shuffles are a view, a permutation and a view."""
+    x, factor = call.args[0], int(call.args[1])
+    *batch, channels, height, width = x.shape
+    lead = len(batch)
+    name = call.func._schema.name
+    if name == "aten::pixel_shuffle":
+        inner = (channels // factor**2, factor, factor, height, width)
+        order, last = (0, 3, 1, 4, 2), (channels // factor**2, height * factor, width * factor)
+    elif name == "aten::pixel_unshuffle":
+        inner = (channels, height // factor, factor, width // factor, factor)
+        order, last = (0, 2, 4, 1, 3), (channels * factor**2, height // factor, width // factor)
+    else:
+        inner = (factor, channels // factor, height, width)
+        order, last = (1, 0, 2, 3), (channels, height, width)
+    out = trace.apply(torch.ops.aten.view.default, x, [*batch, *inner])
+    out = trace.apply(torch.ops.aten.permute.default, out, [*range(lead), *(lead + d for d in order)])
+    return trace.apply(torch.ops.aten.view.default, out, [*batch, *last])
+
+
+# -- renaming dimensions ------------------------------------------------------------------------------------------
+
+
+def _permuted(trace: Trace, x: Tensor, order: Sequence[int]) -> Tensor:
+    position = [0] * len(order)
+    for new, old in enumerate(order):
+        position[old] = new
+    shape = [x.shape[d] for d in order]
+    return trace.new(tuple(shape), x, tuple(f.moved(position) for f in trace.fields(x)))
+
+
+@rule("permute")
+def permute(trace: Trace, call: Call) -> Any:
+    """Reorder all dimensions."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    return _permuted(trace, x, [d % x.dim() for d in call.arg(1, "dims")])
+
+
+@rule("transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT")
+def transpose(trace: Trace, call: Call) -> Any:
+    """Swap two dimensions."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    order = list(range(x.dim()))
+    if call.func._schema.name in ("aten::t", "aten::numpy_T"):
+        order.reverse()
+    elif call.func._schema.name == "aten::mT":
+        order[-2], order[-1] = order[-1], order[-2]
+    else:
+        a, b = call.arg(1, "dim0") % x.dim(), call.arg(2, "dim1") % x.dim()
+        order[a], order[b] = order[b], order[a]
+    return _permuted(trace, x, order)
+
+
+@rule("movedim", "moveaxis")
+def movedim(trace: Trace, call: Call) -> Any:
+    """Move dimensions to other places."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    # A blank tensor whose strides name its dimensions shows where each of them went.
+    blank = torch.empty_strided([2] * x.dim(), list(range(1, x.dim() + 1)), device="meta")
+    return _permuted(trace, x, [s - 1 for s in call.func(blank, *call.args[1:]).stride()])
+
+
+@rule("unsqueeze")
+def unsqueeze(trace: Trace, call: Call) -> Any:
+    """Add a dimension of size one."""
+    x, dim = call.args[0], call.arg(1, "dim") % (call.args[0].dim() + 1)
+    if not trace.is_meta(x):
+        return trace.run(call)
+    position = [d + (d >= dim) for d in range(x.dim())]
+    shape = (*x.shape[:dim], 1, *x.shape[dim:])
+    return trace.new(shape, x, tuple(f.moved(position) for f in trace.fields(x)))
+
+
+@rule("squeeze")
+def squeeze(trace: Trace, call: Call) -> Any:
+    """Drop dimensions of size one."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    dims = call.arg(1, "dim")
+    wanted = range(x.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    dropped = {d % x.dim() for d in wanted if x.shape[d] == 1}
+    position = list(np.cumsum([d not in dropped for d in range(x.dim())]) - 1)
+    shape = tuple(n for d, n in enumerate(x.shape) if d not in dropped)
+    return trace.new(shape, x, tuple(f.moved([int(p) for p in position]) for f in trace.fields(x)))
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(trace: Trace, call: Call) -> Any:
+    """Repeat dimensions of size one: the copies take the label of what they meet, so they get atoms of their own."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    size = call.arg(1, "size")
+    size = list(size.shape) if isinstance(size, Tensor) else list(size)
+    shift = len(size) - x.dim()
+    shape = [x.shape[d - shift] if n == -1 else n for d, n in enumerate(size)]
+    fields = [f.moved([d + shift for d in range(x.dim())]) for f in trace.fields(x)]
+    for dim, n in enumerate(shape):
+        if n > 1 and (dim < shift or x.shape[dim - shift] == 1):
+            fields.append(Field((dim,), trace.table.fresh(n)))
+    return trace.new(tuple(shape), x, tuple(fields))
+
+
+# -- picking ------------------------------------------------------------------------------------------------------
+
+
+def _picked(trace: Trace, x: Tensor, dim: int, index: slice) -> Tensor:
+    """Return a slice of `x` along `dim`."""
+    size = len(range(*index.indices(x.shape[dim])))
+    shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+    if size == x.shape[dim]:
+        return trace.new(shape, x, trace.fields(x))
+    fields = []
+    for field in trace.fields(x):
+        if dim not in field.dims:
+            fields.append(field)
+            continue
+        if index.step not in (None, 1):
+            trace.fix(field, dim, "sliced with a step")
+        axis = field.dims.index(dim)
+        atoms = field.atoms[(slice(None),) * axis + (index,)]
+        if size > 1:
+            fields.append(Field(field.dims, atoms))
+        else:
+            fields.extend(_without_axis(trace, Field(field.dims, atoms), axis))
+    return trace.new(shape, x, tuple(fields))
+
+
+def _without_axis(trace: Trace, field: Field, axis: int) -> Fields:
+    """Return `field`, whose `axis` has size one, without it: the one index that is left must stay."""
+    trace.fix(field, field.dims[axis], "a single index of this dimension is used")
+    dims = field.dims[:axis] + field.dims[axis + 1 :]
+    return (Field(dims, field.atoms.squeeze(axis)),) if dims else ()
+
+
+@rule("slice", "narrow")
+def slice_(trace: Trace, call: Call) -> Any:
+    """Take a range of a dimension."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    dim = call.arg(1, "dim", 0) % x.dim()
+    start, third = call.arg(2, "start"), call.arg(3, "end", call.kwargs.get("length"))
+    if call.func._schema.name == "aten::narrow":
+        start = int(start) % x.shape[dim] if x.shape[dim] else 0
+        return _picked(trace, x, dim, slice(start, start + third))
+    return _picked(trace, x, dim, slice(start, third, call.arg(4, "step", 1)))
+
+
+@rule("select")
+def select(trace: Trace, call: Call) -> Any:
+    """Take one index of a dimension, and drop the dimension."""
+    x, dim, index = call.args[0], call.arg(1, "dim") % call.args[0].dim(), call.arg(2, "index")
+    if not trace.is_meta(x):
+        return trace.run(call)
+    position = [d - (d > dim) for d in range(x.dim())]
+    fields = []
+    for field in trace.fields(x):
+        if dim in field.dims:
+            axis = field.dims.index(dim)
+            trace.fix(field, dim, "a single index of this dimension is used")
+            dims = tuple(position[d] for d in field.dims if d != dim)
+            if dims:
+                fields.append(Field(dims, field.atoms.take(index, axis=axis)))
+        else:
+            fields.append(field.moved(position))
+    return trace.new(x.shape[:dim] + x.shape[dim + 1 :], x, tuple(fields))
+
+
+@rule("unbind")
+def unbind(trace: Trace, call: Call) -> Any:
+    """Select every index of a dimension."""
+    x, dim = call.args[0], call.arg(1, "dim", 0)
+    if not trace.is_meta(x):
+        return trace.run(call)
+    return [trace.apply(torch.ops.aten.select.int, x, dim, i) for i in range(x.shape[dim])]
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split(trace: Trace, call: Call) -> Any:
+    """Cut a dimension into ranges."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    dim = call.arg(2, "dim", 0) % x.dim()
+    blank = torch.empty(x.shape, device="meta")
+    pieces, start = [], 0
+    for part in call.func(blank, *call.args[1:], **call.kwargs):
+        pieces.append(_picked(trace, x, dim, slice(start, start + part.shape[dim])))
+        start += part.shape[dim]
+    return pieces
+
+
+# -- joining ------------------------------------------------------------------------------------------------------
+
+
+@rule("cat", "concat", "concatenate")
+def cat(trace: Trace, call: Call) -> Any:
+    """Join tensors along a dimension; along all others they are the same channels."""
+    tensors = [t for t in call.args[0] if t.dim() != 1 or t.numel()]
+    if not any(trace.is_meta(t) for t in tensors):
+        return trace.run(call)
+    rank = tensors[0].dim()
+    dim = call.arg(1, "dim", 0) % rank
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    joined = [next((f for f in trace.fields(t) if dim in f.dims), None) for t in tensors]
+    operands = []
+    for tensor, along in zip(tensors, joined, strict=True):
+        fields, extent = trace.operand(tensor, rank)
+        labelled = set(along.dims) if along else {dim}
+        operands.append((tuple(f for f in fields if f is not along and dim not in f.dims), extent - labelled))
+    fields = meet(trace.table, operands, FIXED, trace.node)
+    if any(joined):
+        fields = (*fields, _concatenated(trace, tensors, joined, dim))
+    return trace.new(tuple(shape), tensors[0], fields)
+
+
+def _concatenated(trace: Trace, tensors: list[Tensor], joined: list[Field | None], dim: int) -> Field:
+    widest = max((f for f in joined if f), key=lambda f: len(f.dims))
+    parts: list[Atoms] = []
+    for tensor, along in zip(tensors, joined, strict=True):
+        if along is None or not set(along.dims) <= set(widest.dims):
+            if along is not None:
+                trace.pin(along.atoms, "joined with a tensor that is labelled over other dimensions")
+            own = trace.table.fresh(tensor.shape[dim])
+            trace.pin(own, "joined from a part whose size cannot change")
+            along = Field((dim,), own)
+        full = along.over(tensor.dim())
+        shape = [tensor.shape[d] for d in sorted(widest.dims)]
+        full = full.reshape([full.shape[d] for d in sorted(widest.dims)])
+        parts.append(np.broadcast_to(full, shape))
+    dims = sorted(widest.dims)
+    atoms = np.concatenate(parts, axis=dims.index(dim))
+    return Field(widest.dims, atoms.transpose([dims.index(d) for d in widest.dims]))
+
+
+@rule("stack")
+def stack(trace: Trace, call: Call) -> Any:
+    """Join tensors along a new dimension."""
+    tensors, dim = call.args[0], call.arg(1, "dim", 0)
+    dim = dim % (tensors[0].dim() + 1)
+    parts = [trace.apply(torch.ops.aten.unsqueeze.default, t, dim) for t in tensors]
+    return trace.apply(torch.ops.aten.cat.default, parts, dim)
+
+
+@rule("pad", "constant_pad_nd")
+def pad(trace: Trace, call: Call) -> Any:
+    """Add constant borders: along a channel dimension they are channels of their own, and take part in what follows."""
+    x, widths = call.args[0], call.arg(1, "pad")
+    if not trace.is_meta(x):
+        return trace.run(call)
+    constant = call.func._schema.name == "aten::constant_pad_nd" or call.arg(2, "mode", "constant") == "constant"
+    shape, fields = list(x.shape), list(trace.fields(x))
+    for pair in range(len(widths) // 2):
+        dim = x.dim() - 1 - pair
+        before, after = widths[2 * pair], widths[2 * pair + 1]
+        if not before and not after:
+            continue
+        shape[dim] += before + after
+        position = next((i for i, f in enumerate(fields) if dim in f.dims), None)
+        if position is None:
+            continue
+        field = fields[position]
+        if not constant or len(field.dims) > 1:
+            settled = trace.settle(field, [dim], "padded")
+            fields[position : position + 1] = [settled] if settled else []
+            continue
+        inner = field.atoms[max(0, -before) : len(field.atoms) - max(0, -after)]
+        border = [trace.table.fresh(max(0, before)), inner, trace.table.fresh(max(0, after))]
+        fields[position] = Field(field.dims, np.concatenate(border))
+    return trace.new(tuple(shape), x, tuple(fields))
+
+
+# -- reordering ---------------------------------------------------------------------------------------------
+
+
+def _touched(call: Call, x: Tensor) -> set[int]:
+    """Return the dimensions that a roll or flip moves."""
+    dims = call.arg(2 if "roll" in call.func._schema.name else 1, "dims", [])
+    dims = [dims] if isinstance(dims, int) else dims
+    return {d % x.dim() for d in dims} or set(range(x.dim()))
+
+
+@rule("roll", "flip")
+def roll(trace: Trace, call: Call) -> Any:
+    """Reorder within dimensions; an order among channels that a cut would change is fixed."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    touched = _touched(call, x)
+    fields = []
+    for field in trace.fields(x):
+        settled = trace.settle(field, touched & set(field.dims), "rolled or flipped")
+        fields += [settled] if settled else []
+    return trace.new(x.shape, x, tuple(fields))
+
+
+@rule("repeat", "tile")
+def repeat(trace: Trace, call: Call) -> Any:
+    """Lay copies side by side: every copy is the same channels."""
+    x, times = call.args[0], list(call.arg(1, "repeats", call.kwargs.get("dims")))
+    if not trace.is_meta(x):
+        return trace.run(call)
+    rank = max(len(times), x.dim())
+    times = [1] * (rank - len(times)) + times
+    shift = rank - x.dim()
+    sizes = [1] * shift + list(x.shape)
+    fields = []
+    for field in (f.moved([d + shift for d in range(x.dim())]) for f in trace.fields(x)):
+        reps = [times[d] for d in field.dims]
+        if len(reps) > 1 and any(r > 1 for r in reps):
+            trace.settle(field, field.dims, "repeated")
+            continue
+        fields.append(Field(field.dims, np.tile(field.atoms, reps)))
+    for dim, n in enumerate(times):
+        if n > 1 and sizes[dim] == 1:
+            fields.append(Field((dim,), trace.table.fresh(n)))
+    shape = tuple(n * t for n, t in zip(sizes, times, strict=True))
+    return trace.new(shape, x, tuple(fields))
+
+
+@rule("index", "_unsafe_index", "index_select", "gather", "take_along_dim", "unfold", "take")
+def index(trace: Trace, call: Call) -> Any:
+    """Pick elements by number: the picked dimensions cannot change, the others keep their label."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    for tensor in call.tensors()[1:]:
+        trace.freeze(tensor, "holds indices")
+    out = trace.run(call)
+    name = call.func._schema.name
+    if name in ("aten::index", "aten::_unsafe_index"):
+        return trace.label(out, _indexed(trace, x, list(call.args[1]), out))
+    if name == "aten::take":
+        touched, kept = set(range(x.dim())), {}
+    else:
+        touched = {call.arg(1, "dim", call.kwargs.get("dimension", 0)) % x.dim()}
+        kept = {d: d for d in range(x.dim()) if d not in touched}
+    if name in ("aten::gather", "aten::take_along_dim"):
+        kept = {}
+    return trace.label(out, _kept_fields(trace, x, kept))
+
+
+def _indexed(trace: Trace, x: Tensor, indices: list[Any], out: Tensor) -> Fields:
+    used = [d for d, i in enumerate(indices) if i is not None]
+    if any(i is not None and i.dtype == torch.bool for i in indices):
+        return _kept_fields(trace, x, {})
+    rank = max(indices[d].dim() for d in used)
+    first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    kept, place = {}, 0
+    for dim in range(x.dim()):
+        if place == first:
+            place += rank
+        if dim not in used:
+            kept[dim] = place
+            place += 1
+    return _kept_fields(trace, x, kept)
+
+
+def _kept_fields(trace: Trace, x: Tensor, kept: dict[int, int]) -> Fields:
+    """Return the fields over dimensions in `kept` (old -> new); fix all others."""
+    fields = []
+    for field in trace.fields(x):
+        lost = [d for d in field.dims if d not in kept]
+        if settled := trace.settle(field, lost, "indexed by number"):
+            fields.append(Field(tuple(kept[d] for d in settled.dims), settled.atoms))
+    return tuple(fields)
+

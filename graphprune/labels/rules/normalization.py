@@ -1,0 +1,87 @@
+"""Normalisations: affine weights and running statistics meet the channel.
+
+Batch and instance norm treat every channel alone. Layer, RMS and group norm take statistics over channels; they are
+noted as consumers, because a cut changes their statistics: the proof's reference takes them over the kept channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from graphprune.labels.field import Field, Fields, meet
+from graphprune.labels.propagate import Call, Trace
+from graphprune.labels.rules import rule
+from graphprune.labels.rules.elementwise import FIXED
+
+__all__: list[str] = []
+
+
+def _met_along(trace: Trace, x: Tensor, params: list[Any], dim: int) -> Fields:
+    """Bring the labels of 1-D parameters together with those of `x` along `dim`."""
+    tensors = [p for p in params if isinstance(p, Tensor)]
+    ins = None if trace.is_joint(x) else trace.axis(x, dim)
+    if ins is not None:
+        for tensor in tensors:
+            own = trace.axis(tensor, 0)
+            if own is not None:
+                trace.unify(ins, own)
+        return trace.fields(x)
+    operands = [trace.operand(x, x.dim())]
+    for tensor in tensors:
+        own_fields = tuple(f.moved((dim,)) for f in trace.fields(tensor))
+        operands.append((own_fields, frozenset([dim] if tensor.shape[0] > 1 else [])))
+    return meet(trace.table, operands, FIXED, trace.node)
+
+
+@rule("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def batch_norm(trace: Trace, call: Call) -> Any:
+    """Every channel (dim 1) has its own statistics, scale and shift."""
+    x = call.args[0]
+    fields = _met_along(trace, x, list(call.args[1:5]), min(1, x.dim() - 1))
+    out = trace.new(x.shape, x, fields)
+    if call.func._schema.name in ("aten::batch_norm", "aten::instance_norm"):
+        return out
+    return (out, trace.new((0,), x), trace.new((0,), x))
+
+
+@rule("layer_norm", "rms_norm", "native_layer_norm")
+def layer_norm(trace: Trace, call: Call) -> Any:
+    """Statistics over the last dimensions, affine weights aligned with them."""
+    x, normalized = call.args[0], call.args[1]
+    rank = x.dim()
+    affine = [t for t in call.tensors() if t is not x]
+    operands = [trace.operand(t, rank) for t in (x, *affine)]
+    fields = meet(trace.table, operands, FIXED, trace.node)
+    for field in trace.fields(x):
+        if any(d >= rank - len(normalized) for d in field.dims):
+            trace.consume(call, x, field)
+    out = trace.new(x.shape, x, fields)
+    if call.func._schema.name != "aten::native_layer_norm":
+        return out
+    lead = tuple(x.shape[: rank - len(normalized)]) + (1,) * len(normalized)
+    return (out, trace.new(lead, x), trace.new(lead, x))
+
+
+@rule("group_norm", "native_group_norm")
+def group_norm(trace: Trace, call: Call) -> Any:
+    """Statistics over groups of channels (dim 1): every group keeps equally many, and at least one."""
+    x = call.args[0]
+    native = call.func._schema.name == "aten::native_group_norm"
+    groups = call.args[6] if native else call.args[1]
+    params = list(call.args[1:3]) if native else [call.arg(2, "weight"), call.arg(3, "bias")]
+    fields = _met_along(trace, x, params, 1)
+    joint = next((f for f in fields if 1 in f.dims), None)
+    if joint is not None:
+        settled = trace.settle(joint, [d for d in joint.dims if d != 1], "group norm runs over it")
+        assert settled is not None
+        rows = settled.atoms.reshape(groups, -1)
+        if rows.shape[1] > 1:
+            trace.consume(call, x, Field((1,), settled.atoms))
+            if groups > 1:
+                trace.table.nest(rows, trace.node)
+                trace.pin(trace.table.block(rows, is_head=False), "a normalisation group stays")
+        fields = (settled,)
+    out = trace.new(x.shape, x, fields)
+    return (out, trace.new((0,), x), trace.new((0,), x)) if native else out

@@ -1,0 +1,96 @@
+"""Reductions: what is left after a dimension is summed, averaged, compared or normalised over.
+
+A sum over channels is a contraction with ones. Any other statistic over channels would change with their number, so the
+channels are pinned; over space or time nothing happens to the label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from graphprune.labels.field import Field, Fields, coarsen
+from graphprune.labels.propagate import Call, Trace
+from graphprune.labels.rules import rule
+
+__all__: list[str] = []
+
+STATISTIC = "a statistic is taken over it"
+
+
+def _dims(value: Any, rank: int) -> list[int]:
+    if value is None or value == []:
+        return list(range(rank))
+    return [d % rank for d in ([value] if isinstance(value, int) else value)]
+
+
+def _left(
+    trace: Trace, call: Call, x: Tensor, dims: Sequence[int], *, keepdim: bool, is_sum: bool
+) -> Fields:
+    """Return the fields of `x` after a reduction over `dims`."""
+    fields = []
+    for field in trace.fields(x):
+        lost = [d for d in field.dims if d in dims]
+        rest = [d for d in field.dims if d not in dims]
+        left: Field | None = field
+        if lost and is_sum:
+            trace.consume(call, x, field)
+            left = coarsen(trace.table, field, rest) if rest else None
+        elif lost:
+            left = trace.settle(field, lost, STATISTIC)
+        if left is not None:
+            fields.append(left)
+    if keepdim:
+        return tuple(fields)
+    position = [d - sum(r < d for r in dims) for d in range(x.dim())]
+    return tuple(f.moved(position) for f in fields)
+
+
+@rule("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "all",
+      "any", "argmax", "argmin", "median", "nansum", "var_mean", "std_mean", "count_nonzero", "mode")  # fmt: skip
+def reduce(trace: Trace, call: Call) -> Any:
+    """Reduce some or all dimensions."""
+    x = call.args[0]
+    if len(call.tensors()) > 1:  # max(a, b) and min(a, b) compare elementwise
+        from graphprune.labels.rules.elementwise import same
+
+        return same(trace, call)
+    if not any(trace.is_meta(t) for t in call.tensors()):
+        return trace.run(call)
+    overload = {a.name: i for i, a in enumerate(call.func._schema.arguments)}
+    given = call.arg(overload["dim"], "dim") if "dim" in overload else None
+    keepdim = bool(call.arg(overload["keepdim"], "keepdim", False)) if "keepdim" in overload else False
+    out = trace.run(call)
+    name = call.func._schema.name
+    # A p-norm or a mean over channels changes with their number; a sum does not.
+    fields = _left(trace, call, x, _dims(given, x.dim()), keepdim=keepdim, is_sum=name == "aten::sum")
+    return _labelled(trace, out, fields)
+
+
+def _labelled(trace: Trace, out: Any, fields: Fields) -> Any:
+    if isinstance(out, Tensor):
+        return trace.label(out, fields)
+    return tuple(trace.label(o, fields) for o in out)
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "sort", "argsort", "topk",
+      "kthvalue", "logcumsumexp", "cummax", "cummin", "renorm")  # fmt: skip
+def normalise(trace: Trace, call: Call) -> Any:
+    """Combine along one dimension and keep it: that dimension cannot change, the others keep their label."""
+    x = call.args[0]
+    if not any(trace.is_meta(t) for t in call.tensors()):
+        return trace.run(call)
+    places = {a.name: i for i, a in enumerate(call.func._schema.arguments)}
+    dim = call.arg(places["dim"], "dim", -1) if "dim" in places else -1
+    dim %= max(1, x.dim())
+    fields = []
+    for field in trace.fields(x):
+        left = trace.settle(field, [dim], STATISTIC) if dim in field.dims else field
+        if left is not None:
+            fields.append(left)
+    name = call.func._schema.name
+    if "softmax" in name or "softmin" in name:
+        return trace.new(x.shape, x, tuple(fields))
+    return _labelled(trace, trace.run(call), tuple(fields))

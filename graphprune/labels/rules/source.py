@@ -1,0 +1,39 @@
+"""Tensors that the graph makes: constant fills take the label of what they meet, everything else has a fixed size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphprune.labels.field import Field
+from graphprune.labels.propagate import Call, Trace
+from graphprune.labels.rules import rule
+
+__all__: list[str] = []
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+def fill(trace: Trace, call: Call) -> Any:
+    """A constant: every dimension may shrink with what it meets."""
+    out = trace.run(call)
+    if not out.is_floating_point():
+        return out
+    blank = torch.empty(out.shape, dtype=out.dtype, device="meta")
+    return trace.fill(blank) if out.dim() else blank
+
+
+@rule("arange", "linspace", "logspace", "eye", "tri", "rand", "randn", "randint", "randperm")
+def enumerate_(trace: Trace, call: Call) -> Any:
+    """Values that depend on the position: the size cannot change."""
+    return trace.run(call)
+
+
+@rule("embedding")
+def embedding(trace: Trace, call: Call) -> Any:
+    """Rows of a table: the width is labelled, the row numbers cannot change."""
+    weight, index = call.args[:2]
+    width = trace.axis(weight, 1)
+    rank = index.dim()
+    fields = () if width is None else (Field((rank,), width),)
+    return trace.new((*index.shape, weight.shape[1]), weight, fields)

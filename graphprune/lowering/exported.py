@@ -1,0 +1,115 @@
+"""`torch.export`: an nn.Module or an ExportedProgram to a plain torch.fx GraphModule of ATen calls."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from graphprune.lowering.attention import lowered_attention
+from graphprune.lowering.symbolic import erase_dead
+
+__all__ = ["export", "flatten_program", "has_dynamic_batch"]
+
+_CHECKS = (
+    "aten._assert_",
+    "aten.sym_constrain",
+    "aten._functional_assert",
+    "aten._functional_sym_constrain",
+    "aten._foobar",
+    "profiler.",
+)
+_PASS_THROUGH = {"aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.alias.default", "aten.detach.default"}
+_KEPT_META = ("nn_module_stack",)
+
+
+def export(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool) -> ExportedProgram:
+    """Export `model`, which is in evaluation mode; `dynamic` makes dim 0 of every input symbolic.
+
+    Args:
+        model: Any module that takes positional tensors.
+        inputs: With `dynamic`, at least two samples each, since a size of one is taken for a constant.
+        dynamic: Whether the batch size stays free.
+
+    Raises:
+        Exception: Whatever `torch.export` raises for a module that it cannot trace.
+    """
+    shapes: Any = None
+    if dynamic:
+        batch = Dim("batch")
+        shapes = tuple({0: batch} for _ in inputs)
+        signature_is_variadic = _takes_varargs(model)
+        if signature_is_variadic:
+            shapes = (shapes,)
+    with lowered_attention(), torch.no_grad():
+        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def _takes_varargs(model: nn.Module) -> bool:
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return bool(kinds) and kinds[0] is inspect.Parameter.VAR_POSITIONAL
+
+
+def has_dynamic_batch(program: ExportedProgram) -> bool:
+    """Say whether dim 0 of every tensor input of `program` is symbolic."""
+    names = set(program.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    return bool(tensors) and all(t.dim() > 0 and isinstance(t.shape[0], torch.SymInt) for t in tensors)
+
+
+def flatten_program(program: ExportedProgram, *, class_name: str) -> fx.GraphModule:
+    """Return `program` as a GraphModule with positional inputs, no guards, no assertions and the model's own names.
+
+    Parameters and buffers are those of `program`, not copies.
+    """
+    source = program.module(check_guards=False)
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    root: dict[str, Any] = {}
+    out_spec = source.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    for node in source.graph.nodes:
+        if node.op == "output":
+            flat = fx.map_arg(node.args[0], lambda n: values[n])
+            graph.output(_plain(pytree.tree_unflatten(list(flat), out_spec)))
+        elif _is_check(node):
+            continue
+        elif str(node.target) in _PASS_THROUGH:
+            values[node] = values[node.args[0]]
+        else:
+            copied = graph.node_copy(node, lambda n: values[n])
+            copied.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+            values[node] = copied
+            if node.op in ("get_attr", "call_module"):
+                root[str(node.target)] = _attribute(source, str(node.target))
+    erase_dead(graph, source)
+    used = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    module = fx.GraphModule({k: v for k, v in root.items() if k in used}, graph, class_name=class_name)
+    module.eval()
+    return module
+
+
+def _attribute(root: nn.Module, target: str) -> Any:
+    return operator.attrgetter(target)(root)
+
+
+def _is_check(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return str(node.target).endswith("_guards_fn")
+    if node.op != "call_function":
+        return False
+    return str(node.target).startswith(_CHECKS) or node.target in (torch._check, torch._assert)
+
+
+def _plain(value: Any) -> Any:
+    """Return a nested output whose mappings are dicts, which is what a graph can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else tuple(map(_plain, value))
+    return value

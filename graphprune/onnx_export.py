@@ -1,0 +1,202 @@
+"""A Program as an ONNX file: torch's exporter, then everything taken out that is not the model.
+
+The exporter writes stack traces, node descriptions and the exported signature into the file: machine paths, and a
+third of a small model's bytes. They are removed, so that equal programs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import ExportError
+from graphprune.exported import export_program, exporter_quiet, first_line
+from graphprune.files import write_atomic
+from graphprune.program import Program
+
+__all__ = ["OnnxFile", "export_onnx"]
+
+# A protobuf message holds less than 2 GiB; the margin is for the graph around the weights.
+MAX_SINGLE_FILE_BYTES = 2**31 - 64 * 2**20
+
+_SYMBOL = re.compile(r"\bs\d+\b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxFile:
+    """An ONNX file that was written and checked."""
+
+    path: Path
+    """The model file."""
+    weights: Path | None
+    """The file that holds the weights of a model too large for one file, beside the model file; usually None."""
+    num_bytes: int
+    """Bytes on disk, both files together."""
+    opset: int
+    """Version of the default operator set."""
+    inputs: tuple[str, ...]
+    """Names of the graph inputs."""
+    outputs: tuple[str, ...]
+    """Names of the graph outputs."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that belongs to the model."""
+        return (self.path,) if self.weights is None else (self.path, self.weights)
+
+
+def export_onnx(program: Program, path: str | Path, *, opset: int | None = None) -> OnnxFile:
+    """Write `program` to `path` as ONNX, check it with onnx's checker, and say what was written.
+
+    The file is whole or absent, and the same program gives the same bytes. Weights go into `path` itself; a model of
+    2 GB or more, which one protobuf file cannot hold, gets a second file ``<path>.data``.
+
+    Args:
+        program: What to export; inputs keep their names, outputs take the keys of a returned dict.
+        path: The file to write; its folder must exist.
+        opset: Version of the default operator set; None takes the exporter's own default.
+
+    Raises:
+        ExportError: torch.export, torch's ONNX exporter or onnx's checker refused.
+        OutputError: The file cannot be written.
+    """
+    path = Path(path)
+    exported = export_program(program)
+    try:
+        with exporter_quiet():
+            converted = torch.onnx.export(
+                exported,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=_input_names(exported),
+                output_names=_output_names(exported),
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch's ONNX exporter refused {program.source} (opset {opset or 'default'}): {first_line(error)}"
+        ) from error
+    if converted is None:
+        raise ExportError(f"torch's ONNX exporter gave no model for {program.source}")
+    model = converted.model
+    _strip(model)
+    weights = _write(model, path)
+    files = [path] if weights is None else [path, weights]
+    return OnnxFile(
+        path=path,
+        weights=weights,
+        num_bytes=sum(file.stat().st_size for file in files),
+        opset=model.opset_imports[""],
+        inputs=tuple(str(value.name) for value in model.graph.inputs),
+        outputs=tuple(str(value.name) for value in model.graph.outputs),
+    )
+
+
+def _input_names(exported: ExportedProgram) -> list[str]:
+    return list(exported.graph_signature.user_inputs)
+
+
+def _output_names(exported: ExportedProgram) -> list[str]:
+    """Name every output after its place: the keys and positions that lead to it, or ``output`` for a bare tensor."""
+    outputs = exported.graph_signature.user_outputs
+    tree = pytree.tree_unflatten(list(range(len(outputs))), exported.call_spec.out_spec)
+    taken = set(_input_names(exported))
+    names: list[str] = []
+    for keys, _ in pytree.tree_flatten_with_path(tree)[0]:
+        parts = [str(_key(key)) for key in keys]
+        name = "_".join(parts) or "output"
+        if not name.isidentifier() or name in taken:
+            name = f"output_{name}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _key(entry: Any) -> Any:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    return entry
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove what describes the export and not the model, and call the free batch dimension ``batch``."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    symbols: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                symbols.setdefault(
+                    str(dim.value), "batch" if not symbols else f"batch_{len(symbols)}"
+                )
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        _strip_values((*graph.inputs, *graph.outputs, *graph.initializers.values()), symbols)
+        for node in graph.all_nodes():
+            node.doc_string = None
+            node.metadata_props.clear()
+            _strip_values(node.outputs, symbols)
+
+
+def _strip_values(values: Iterable[ir.Value], symbols: dict[str, str]) -> None:
+    for value in values:
+        value.doc_string = None
+        value.metadata_props.clear()
+        if value.const_value is not None:
+            value.const_value.doc_string = None
+            value.const_value.metadata_props.clear()
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
+
+
+def _renamed(dim: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    if dim.value is None:
+        return None
+    return _SYMBOL.sub(lambda match: symbols.get(match.group(), match.group()), str(dim.value))
+
+
+def _write(model: ir.Model, path: Path) -> Path | None:
+    """Write the model and check what was written; return the file of the weights where one was needed."""
+    num_bytes = sum(
+        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+    )
+    if num_bytes < MAX_SINGLE_FILE_BYTES:
+        with write_atomic(path) as temporary:
+            ir.save(model, temporary, format="protobuf")
+            _check(temporary, path)
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+        return None
+    weights = path.with_name(f"{path.name}.data")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        ir.save(model, temporary, format="protobuf", external_data=weights.name)
+        _check(temporary, path)
+        # The model file comes last: whoever sees it finds its weights.
+        os.replace(Path(folder) / weights.name, weights)
+        os.replace(temporary, path)
+    return weights
+
+
+def _check(written: Path, path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(written), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx's checker refused {path.name}: {first_line(error)}") from error

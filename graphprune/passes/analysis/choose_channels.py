@@ -1,0 +1,65 @@
+"""Choose which channels go: scores, constraints and cost against a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from graphprune.budget import choose, parse_target
+from graphprune.errors import UsageError
+from graphprune.groups import DependencyGroups
+from graphprune.pipeline import Context, Facts, Pass
+from graphprune.plan import Plan
+from graphprune.program import Program
+from graphprune.scores import Scores
+from graphprune.units import GRANULARITIES, Granularity
+
+__all__ = ["ChooseChannels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseChannels(Pass):
+    """Choose the least important channels whose removal reaches a target."""
+
+    name: ClassVar[str] = "choose-channels"
+    requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups, Scores)
+
+    target: str = "macs=0.5"
+    """Limits such as ``macs=0.5``, ``params=5M`` or both, or ``ratio=0.3`` of every group."""
+    granularity: str = "channels"
+    """What may go: ``channels``, ``heads``, or both with a comma."""
+    round_to: int = 1
+    """Kept channels of a group are a multiple of this, where the dense count allows it."""
+    scope: Literal["global", "uniform"] = "global"
+    """Compare scores over the network, or rank them within each group so that all groups shrink alike."""
+    max_ratio: float = 1.0
+    """At most this fraction of a group's channels goes."""
+
+    def run(self, program: Program, context: Context) -> Plan:
+        """Return the plan."""
+        groups, scores = context.need(DependencyGroups), context.need(Scores)
+        choice = choose(
+            groups,
+            scores.values,
+            parse_target(self.target),
+            granularity=_granularity(self.granularity),
+            round_to=self.round_to,
+            scope=self.scope,
+            max_ratio=self.max_ratio,
+        )
+        return Plan.of(
+            program,
+            groups,
+            choice.keep,
+            method=scores.method,
+            target=self.target,
+            seed=context.seed,
+            heads=choice.heads,
+        )
+
+
+def _granularity(text: str) -> tuple[Granularity, ...]:
+    names = [part.strip() for part in text.split(",")]
+    if unknown := [n for n in names if n not in GRANULARITIES]:
+        raise UsageError(f"granularity {unknown[0]!r} is not known; known: {', '.join(GRANULARITIES)}")
+    return tuple(g for g in GRANULARITIES if g in names)

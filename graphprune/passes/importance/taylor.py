@@ -1,0 +1,63 @@
+"""First-order Taylor: how much the loss would change if a channel's weights became zero.
+
+    |L(w) - L(w without channel c)|  ~  |sum over the channel's weights of  w * dL/dw|
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from graphprune.errors import DataError
+from graphprune.groups import DependencyGroups, Place
+from graphprune.pipeline import Context, Facts, Pass
+from graphprune.program import Program
+from graphprune.scores import Scores, along, sum_over_places
+
+__all__ = ["Taylor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taylor(Pass):
+    """Score a channel by the first-order change of the cross-entropy when its weights vanish.
+
+    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", equation 8 (summed before the square).
+    """
+
+    name: ClassVar[str] = "taylor"
+    requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
+    is_method: ClassVar[bool] = True
+
+    num_samples: int = 512
+    """How many training samples the gradient is taken over."""
+    batch_size: int = 64
+    """Samples in a batch."""
+
+    def run(self, program: Program, context: Context) -> Scores:
+        """Accumulate the gradient of the loss and return the scores."""
+        groups = context.need(DependencyGroups)
+        if context.data is None:
+            raise DataError(f"method {self.name} expected labelled training data, found none; give data= or --data")
+        clone = program.clone()
+        module = clone.module.to(context.device).requires_grad_(True)
+        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
+        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as task:
+            for inputs, labels in loader:
+                logits = next(t for t in tree_leaves(module(inputs.to(context.device))) if isinstance(t, Tensor))
+                F.cross_entropy(logits, labels.to(context.device)).backward()
+                task.advance()
+
+        def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
+            if not isinstance(tensor, nn.Parameter) or tensor.grad is None:
+                return None
+            return np.abs(along(tensor.detach() * tensor.grad, place.dim))
+
+        values = sum_over_places(clone, groups, measure)
+        return Scores(values=values / max(1, len(loader)), method=self.spec())

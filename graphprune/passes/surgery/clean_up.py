@@ -1,0 +1,54 @@
+"""Clean up: drop what no output needs any more."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+from graphprune.pipeline import Context, Pass, SurgeryResult
+from graphprune.program import Program
+
+__all__ = ["CleanUp"]
+
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+"""Modules that return their input in evaluation mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanUp(Pass):
+    """Remove identity modules, nodes without users, and modules that no node calls; outputs stay as they are."""
+
+    name: ClassVar[str] = "clean-up"
+
+    keep_dropout: bool = True
+    """Leave dropout modules in place, so that the program can be trained further."""
+
+    def run(self, program: Program, context: Context) -> SurgeryResult:
+        """Return the program without what does nothing."""
+        module = copy.deepcopy(program.module)
+        removed = _bypass_identities(module, keep_dropout=self.keep_dropout)
+        before = len(module.graph.nodes)
+        module.graph.eliminate_dead_code()
+        removed += before - len(module.graph.nodes)
+        modules = len(list(module.modules()))
+        module.delete_all_unused_submodules()
+        removed += modules - len(list(module.modules()))
+        if not removed:
+            return SurgeryResult(program=program, modified=False)
+        module.recompile()
+        return SurgeryResult(program=program.evolve(module, step=self.spec()), modified=True)
+
+
+def _bypass_identities(module: fx.GraphModule, *, keep_dropout: bool) -> int:
+    modules = dict(module.named_modules())
+    kinds = (nn.Identity,) if keep_dropout else _IDENTITIES
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[str(node.target)], kinds):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            count += 1
+    return count

@@ -1,0 +1,7 @@
+"""Passes that change the values of a program and leave its structure alone."""
+
+from __future__ import annotations
+
+from graphprune.passes.training.reestimate_batch_norm import ReestimateBatchNorm
+
+__all__ = ["ReestimateBatchNorm"]

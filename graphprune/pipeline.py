@@ -1,0 +1,515 @@
+"""Passes, and the driver that runs them one after the other.
+
+A pass is a frozen dataclass whose fields are its options. What it is shows in what it returns:
+
+    Facts            an analysis; the program stays as it was
+    TrainingResult   values of parameters and buffers changed, the graph did not
+    SurgeryResult    a new program; the one that came in stays as it was
+    Artifacts        files and measurements; the program stays as it was
+
+The driver does what no pass has to do for itself: it checks that the facts a pass needs are there, times it, holds it
+to what its return type promises, lints and recompiles a new graph, drops facts that a change made stale, and proves
+every surgery exact (`graphprune.verify`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+
+from graphprune import options, registry, textform
+from graphprune.check import Check
+from graphprune.errors import (
+    DataError,
+    GraphpruneError,
+    OutputError,
+    PassError,
+    PlanError,
+    TargetError,
+    UsageError,
+)
+from graphprune.outcome import Kept, Removed
+from graphprune.program import Program
+from graphprune.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from graphprune.data import DataSource
+    from graphprune.verify import Masked
+
+__all__ = [
+    "Artifacts",
+    "Callback",
+    "Context",
+    "Facts",
+    "Pass",
+    "PassRecord",
+    "Pipeline",
+    "PipelineResult",
+    "SurgeryResult",
+    "TrainingResult",
+    "pick_device",
+]
+
+
+class Facts:
+    """Base of everything that an analysis finds out; subclasses are frozen dataclasses."""
+
+
+F = TypeVar("F", bound=Facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryResult:
+    """A smaller program."""
+
+    program: Program
+    """The new program (the old one if nothing was done)."""
+    modified: bool
+    """Whether anything was done, counted from what was done."""
+    removed: Removed = Removed()
+    """What went."""
+    kept: tuple[Kept, ...] = ()
+    """What could have gone and did not."""
+    reference: Masked | None = None
+    """What the new program must equal, for `graphprune.verify`; None: the program that came in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """The same graph with other values in its parameters and buffers."""
+
+    program: Program
+    """The trained program; it may be the one that came in."""
+    modified: bool
+    """Whether any value changed."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the training measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifacts:
+    """What an export wrote and measured."""
+
+    files: tuple[Path, ...] = ()
+    """Files, in the order in which they were written."""
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    """Comparisons by name, for instance ``onnx``."""
+    measurements: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers by name; ``before`` and ``after`` go into the report."""
+
+
+PassResult = Facts | SurgeryResult | TrainingResult | Artifacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a pass may use besides the program."""
+
+    facts: Mapping[type[Facts], Facts]
+    """The facts that still hold, by their class."""
+    dense: Program
+    """The program that entered the pipeline."""
+    data: DataSource | None = None
+    """The user's data, if any was given."""
+    device: str = "cpu"
+    """Where to compute: ``cpu``, ``cuda`` or ``cuda:N``."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: Path | None = None
+    """Folder to write into; None: an export pass has nowhere to write."""
+    progress: Progress = field(default_factory=SilentProgress)
+    """Where to announce work that may take more than two seconds."""
+
+    def need(self, kind: type[F]) -> F:
+        """Return the fact of class `kind`.
+
+        Raises:
+            PassError: No earlier pass has found it out, or a change made it stale; names the passes that provide it.
+        """
+        fact = self.facts.get(kind)
+        if not isinstance(fact, kind):
+            raise PassError(_missing(kind, self.facts))
+        return fact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """One step of a pipeline; subclasses are frozen, keyword-only dataclasses whose fields are their options.
+
+    Options are int, float, bool, str, Literal, tuples of these, or None. A pass holds no other state. It must leave the
+    program that it gets as it is, except that a training pass may write into its parameters and buffers: the driver
+    has cloned the user's program before the first pass.
+    """
+
+    name: ClassVar[str]
+    """Kebab-case name, under which the pass is registered."""
+    requires: ClassVar[tuple[type[Facts], ...]] = ()
+    """Facts that must hold before the pass runs."""
+    is_method: ClassVar[bool] = False
+    """Whether ``--method`` takes the name: the pass returns what a choice of channels is made from."""
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Do the work; what is returned tells the driver what kind of pass this is."""
+
+    def spec(self) -> str:
+        """Return the text form: the name, and the options that are not at their default."""
+        return textform.format_pass(self.name, options.spelled_options(self))
+
+    @classmethod
+    def describe_options(cls) -> dict[str, str]:
+        """Return option name -> its type and default as text."""
+        return options.describe_options(cls)
+
+
+Callback = Callable[[Pass | None, Program, Pass | None], None]
+"""Called between passes with (previous, program, next), and before the first and after the last with None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassRecord:
+    """What the report says about one pass that ran."""
+
+    name: str
+    """Text form of the pass."""
+    seconds: float
+    """Wall time of the pass, without the driver's own checks."""
+    modified: bool
+    """Whether it changed the program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineResult:
+    """Everything that a pipeline brought about."""
+
+    program: Program
+    """The program as the last pass left it."""
+    facts: Mapping[type[Facts], Facts]
+    """The last fact of each class, those included that a later change made stale."""
+    removed: Removed
+    """What all surgeries together removed."""
+    kept: tuple[Kept, ...]
+    """What could have gone and did not."""
+    checks: Mapping[str, Check]
+    """The worst outcome of each comparison, by name; ``surgery`` is the driver's own."""
+    files: tuple[Path, ...]
+    """Files that were written."""
+    measurements: Mapping[str, Any]
+    """Numbers from training and export passes, by name."""
+    records: tuple[PassRecord, ...]
+    """Every pass that ran, in order."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check fell short."""
+        return all(check.passed for check in self.checks.values())
+
+
+class Pipeline:
+    """A sequence of passes; ``Pipeline.parse(str(pipeline)) == pipeline`` for registered passes."""
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        """Take the passes in the order in which they run."""
+        self.passes = tuple(passes)
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read the text form, ``a,b{x=1}``.
+
+        Raises:
+            UsageError: The text cannot be read, or names a pass or an option that does not exist.
+        """
+        passes = []
+        for part in textform.parse(text):
+            kind = registry.load(part.name)
+            passes.append(kind(**options.convert_options(kind, part.options)))
+        return cls(passes)
+
+    def __str__(self) -> str:
+        """Return the text form."""
+        return ",".join(step.spec() for step in self.passes)
+
+    def __repr__(self) -> str:
+        """Return the text form in a call."""
+        return f"Pipeline.parse({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the passes with their options."""
+        return isinstance(other, Pipeline) and self.passes == other.passes
+
+    def __hash__(self) -> int:
+        """Hash the passes with their options."""
+        return hash(self.passes)
+
+    def run(
+        self,
+        program: Program,
+        *,
+        data: DataSource | None = None,
+        device: str = "auto",
+        seed: int = 0,
+        out: str | Path | None = None,
+        verify: bool = True,
+        callbacks: Sequence[Callback] = (),
+        progress: Progress | None = None,
+    ) -> PipelineResult:
+        """Run every pass on a clone of `program`, which stays as it is.
+
+        Args:
+            program: What to compile.
+            data: The user's data, for passes that score, train or re-estimate.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            seed: Seed of everything random.
+            out: Folder for export passes; it must exist.
+            verify: Prove every surgery exact.
+            callbacks: Called between passes with (previous, program, next).
+            progress: Where long work is shown; nowhere unless given.
+
+        Raises:
+            PassError: A pass failed, lacks a fact, or broke what its return type promises.
+            TargetError, PlanError, DataError, OutputError, UsageError: As a pass raised them, with a note.
+        """
+        context = Context(
+            facts={},
+            dense=program,
+            data=data,
+            device=pick_device(device),
+            seed=seed,
+            out=None if out is None else Path(out),
+            progress=progress or SilentProgress(),
+        )
+        driver = _Driver(program=program.clone(), context=context, verify=verify)
+        previous: Pass | None = None
+        for step in self.passes:
+            for callback in callbacks:
+                callback(previous, driver.program, step)
+            driver.step(step)
+            previous = step
+        for callback in callbacks:
+            callback(previous, driver.program, None)
+        return driver.result()
+
+
+def pick_device(device: str) -> str:
+    """Return the device to compute on: what was asked for, or with ``auto`` the GPU if there is one.
+
+    Raises:
+        UsageError: No such device here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}") from error
+    if kind.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use auto or cpu, or see `graphprune doctor`"
+        )
+    return device
+
+
+_OWN_CLASS = (TargetError, PlanError, DataError, OutputError, UsageError)
+"""Errors about what the user gave: their class says more than PassError would."""
+
+
+class _Driver:
+    """State of one run."""
+
+    def __init__(self, *, program: Program, context: Context, verify: bool) -> None:
+        self.program = program
+        self.context = context
+        self.verify = verify
+        self.facts: dict[type[Facts], Facts] = {}
+        self.removed = Removed()
+        self.kept: list[Kept] = []
+        self.checks: dict[str, Check] = {}
+        self.files: list[Path] = []
+        self.measurements: dict[str, Any] = {}
+        self.records: list[PassRecord] = []
+
+    def result(self) -> PipelineResult:
+        return PipelineResult(
+            program=self.program,
+            facts=dict(self.facts),
+            removed=self.removed,
+            kept=tuple(dict.fromkeys(self.kept)),
+            checks=dict(self.checks),
+            files=tuple(self.files),
+            measurements=dict(self.measurements),
+            records=tuple(self.records),
+        )
+
+    def step(self, step: Pass) -> None:
+        for kind in step.requires:
+            if kind not in self.context.facts:
+                raise PassError(f"{step.spec()}: {_missing(kind, self.context.facts)}")
+        text, versions = str(self.program), _versions(self.program)
+        started = time.perf_counter()
+        result = _run(step, self.program, self.context)
+        seconds = time.perf_counter() - started
+        match result:
+            case SurgeryResult():
+                modified = result.modified
+                self.must_be_untouched(step, text, versions)
+                self.operate(step, result)
+            case TrainingResult():
+                modified = result.modified
+                self.train(step, result, text)
+            case Artifacts():
+                modified = False
+                self.must_be_untouched(step, text, versions)
+                self.files += result.files
+                self.measurements.update(result.measurements)
+                for name, check in result.checks.items():
+                    self.record_check(name, check)
+            case Facts():
+                modified = False
+                self.must_be_untouched(step, text, versions)
+                self.learn(result)
+            case _:
+                raise PassError(
+                    f"{step.spec()}: to the author of {type(step).__qualname__}: run() must return Facts, "
+                    f"SurgeryResult, TrainingResult or Artifacts, found {type(result).__name__}"
+                )
+        self.records.append(PassRecord(name=step.spec(), seconds=seconds, modified=modified))
+
+    def learn(self, fact: Facts) -> None:
+        self.facts[type(fact)] = fact
+        self.context = dataclasses.replace(
+            self.context, facts={**self.context.facts, type(fact): fact}
+        )
+
+    def operate(self, step: Pass, result: SurgeryResult) -> None:
+        self.kept += result.kept
+        if not result.modified:
+            return
+        if result.program.module is self.program.module:
+            raise PassError(
+                f"{step.spec()}: to the author of {type(step).__qualname__}: a surgery must return a new module and "
+                "leave its input as it was; found the input module in a result with modified=True"
+            )
+        before = self.program
+        self.removed += result.removed
+        self.replace(step, result.program)
+        if self.verify:
+            from graphprune.verify import verify_surgery  # it knows facts, which are defined here
+
+            self.record_check("surgery", verify_surgery(before, self.program, result.reference))
+
+    def train(self, step: Pass, result: TrainingResult, text: str) -> None:
+        self.measurements.update(result.metrics)
+        after = str(dataclasses.replace(result.program, history=self.program.history))
+        if after != text:
+            raise PassError(
+                f"{step.spec()}: to the author of {type(step).__qualname__}: a training pass may change values only, "
+                f"found another graph; {_first_difference(text, after)}"
+            )
+        if result.modified:
+            self.replace(step, result.program)
+
+    def replace(self, step: Pass, program: Program) -> None:
+        """Take a changed program: lint it, recompile it, and forget every fact about the old one."""
+        try:
+            program.module.graph.lint()
+        except RuntimeError as error:
+            raise PassError(
+                f"{step.spec()}: to the author of {type(step).__qualname__}: the new graph does not lint: {error}"
+            ) from error
+        program.module.recompile()
+        self.program = program
+        self.context = dataclasses.replace(self.context, facts={})
+
+    def must_be_untouched(self, step: Pass, text: str, versions: Mapping[str, int]) -> None:
+        """Check that neither the graph nor a parameter or buffer of the pass's input changed."""
+        after = str(self.program)
+        if after != text:
+            raise PassError(
+                f"{step.spec()}: to the author of {type(step).__qualname__}: the pass must leave its input as it was, "
+                f"but the graph changed; {_first_difference(text, after)}"
+            )
+        changed = [
+            name
+            for name, version in _versions(self.program).items()
+            if versions.get(name) != version
+        ]
+        if changed:
+            raise PassError(
+                f"{step.spec()}: to the author of {type(step).__qualname__}: the pass must leave its input as it was, "
+                f"but wrote into {', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}"
+            )
+
+    def record_check(self, name: str, check: Check) -> None:
+        """Keep the worst of several checks of one name; all must pass for it to pass."""
+        first = self.checks.get(name)
+        if first is None:
+            self.checks[name] = check
+            return
+        worst = max((first, check), key=_severity)
+        self.checks[name] = dataclasses.replace(worst, passed=first.passed and check.passed)
+
+
+def _severity(check: Check) -> tuple[bool, float]:
+    """Order checks: those that failed above those that passed, then by error in units of the tolerance."""
+    error = check.max_abs_err
+    if error is None or math.isnan(error):
+        return not check.passed, 0.0 if check.passed else math.inf
+    return not check.passed, error / check.tolerance if check.tolerance else error
+
+
+def _run(step: Pass, program: Program, context: Context) -> object:
+    """Run one pass; an error of ours names the pass, one about what the user gave keeps its class."""
+    try:
+        return step.run(program, context)
+    except _OWN_CLASS as error:
+        error.add_note(f"raised by the pass {step.spec()}")
+        raise
+    except GraphpruneError as error:
+        raise PassError(f"{step.spec()}: {error}") from error
+
+
+def _versions(program: Program) -> dict[str, int]:
+    """Return how often each parameter and buffer has been written into."""
+    return {name: t._version for name, t in program.named_tensors() if not t.is_inference()}
+
+
+def _first_difference(before: str, after: str) -> str:
+    old, new = before.splitlines(), after.splitlines()
+    for i, (a, b) in enumerate(zip(old, new, strict=False)):
+        if a != b:
+            return f"line {i} was {a.strip()!r} and became {b.strip()!r}"
+    return f"it had {len(old)} lines and has {len(new)}"
+
+
+def _missing(kind: type[Facts], present: Mapping[type[Facts], Facts]) -> str:
+    held = ", ".join(k.__name__ for k in present) or "none"
+    providers = _providers(kind)
+    step = f"; put {' or '.join(providers)} before it" if providers else ""
+    return f"needs {kind.__name__}, found {held} (a change to the program drops all facts){step}"
+
+
+def _providers(kind: type[Facts]) -> list[str]:
+    """Return the registered passes whose ``run`` is annotated to return `kind`."""
+    found = []
+    for name in registry.names():
+        try:
+            cls = registry.load(name)
+        except (
+            UsageError
+        ):  # a broken third-party pass must not hide the error that is being written
+            continue
+        annotation = cls.run.__annotations__.get("return", "")
+        if kind.__name__ == annotation or annotation is kind:
+            found.append(name)
+    return found

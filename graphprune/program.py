@@ -1,0 +1,140 @@
+"""Program: the unit that every pass takes and returns.
+
+A Program is a torch.fx GraphModule with the example inputs that it was captured with, where it came from, and which
+surgeries it has been through. It is frozen: a pass that changes something returns a new Program.
+
+Two dialects share everything downstream. ``fx`` comes from ``torch.fx.symbolic_trace``: it calls modules and torch
+functions, and computes sizes while it runs. ``export`` comes from ``torch.export``: it calls ATen operators only, and
+holds sizes as literals.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["Dialect", "Program"]
+
+Dialect = Literal["fx", "export"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A captured model: graph, parameters, example inputs and origin."""
+
+    module: fx.GraphModule
+    """The graph and its parameters, in evaluation mode; parameter names are those of the model that went in."""
+    example_inputs: tuple[Tensor, ...]
+    """One tensor per graph input; dim 0 is the batch where `dynamic_batch` holds."""
+    dialect: Dialect
+    """Which tracer made the graph."""
+    dynamic_batch: bool
+    """Whether dim 0 of every input may take any size."""
+    source: str
+    """What the user called the model: a file, ``torchvision:NAME``, a class name."""
+    history: tuple[str, ...] = ()
+    """Text form of every surgery that has changed this program, oldest first."""
+
+    def evolve(self, module: fx.GraphModule, *, step: str | None = None) -> Program:
+        """Return this program with another module, and `step` added to its history."""
+        history = self.history if step is None else (*self.history, step)
+        return dataclasses.replace(self, module=module, history=history)
+
+    def clone(self) -> Program:
+        """Return a program that shares no parameter, buffer, module or graph node with this one."""
+        return dataclasses.replace(self, module=copy.deepcopy(self.module))
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter and buffer once, tied ones under their first name."""
+        yield from self.module.named_parameters()
+        yield from self.module.named_buffers()
+
+    def batch(self, size: int, *, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Return random inputs of the example's kind with `size` samples (the example's own size if it is fixed).
+
+        Floating inputs are standard normal; integer and boolean inputs repeat the example's values.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        batch = []
+        for example in self.example_inputs:
+            shape = list(example.shape)
+            if self.dynamic_batch and shape:
+                shape[0] = size
+            if example.is_floating_point():
+                batch.append(torch.randn(shape, generator=generator, dtype=dtype or example.dtype))
+            else:
+                repeats = -(-shape[0] // max(1, example.shape[0])) if shape else 1
+                repeated = example.repeat(repeats, *[1] * (example.dim() - 1)) if shape else example
+                batch.append(repeated[: shape[0]].clone() if shape else repeated.clone())
+        return tuple(batch)
+
+    def map_floating(self, function: Callable[[Tensor], Tensor]) -> Program:
+        """Return a clone whose floating parameters, buffers and example inputs went through `function`."""
+        clone = self.clone()
+        clone.module._apply(lambda t: function(t) if t.is_floating_point() else t)
+        inputs = tuple(function(t) if t.is_floating_point() else t for t in self.example_inputs)
+        return dataclasses.replace(clone, example_inputs=inputs)
+
+    def __str__(self) -> str:
+        """Print the program as stable text: one line per node, the same for the same graph on every machine."""
+        inputs = ", ".join(_tensor_text(t) for t in self.example_inputs)
+        batch = "dynamic" if self.dynamic_batch else "fixed"
+        lines = [f"program {self.source} ({self.dialect}, {batch} batch) inputs [{inputs}]"]
+        modules = dict(self.module.named_modules())
+        lines += [f"  {_node_text(node, modules, self.module)}" for node in self.module.graph.nodes]
+        lines += [f"  after {step}" for step in self.history]
+        return "\n".join(lines)
+
+
+def _tensor_text(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _node_text(node: fx.Node, modules: dict[str, nn.Module], root: nn.Module) -> str:
+    if node.op == "placeholder":
+        return f"%{node.name} = input"
+    if node.op == "output":
+        return f"return {_value_text(node.args[0])}"
+    if node.op == "get_attr":
+        value: Any = root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        kind = _tensor_text(value) if isinstance(value, Tensor) else type(value).__name__
+        return f"%{node.name} = attribute {node.target} : {kind}"
+    arguments = [_value_text(a) for a in node.args]
+    arguments += [f"{k}={_value_text(v)}" for k, v in node.kwargs.items()]
+    call = ", ".join(arguments)
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return f"%{node.name} = {node.target}({call}) : {str(module).splitlines()[0]}"
+    if node.op == "call_method":
+        return f"%{node.name} = .{node.target}({call})"
+    return f"%{node.name} = {_target_text(node.target)}({call})"
+
+
+def _target_text(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module = getattr(target, "__module__", None) or ""
+    module = {"_operator": "operator", "torch._VariableFunctionsClass": "torch"}.get(module, module)
+    name = getattr(target, "__name__", repr(target))
+    return f"{module}.{name}" if module else name
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(_value_text, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_value_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, slice):
+        return f"{_value_text(value.start)}:{_value_text(value.stop)}:{_value_text(value.step)}"
+    return repr(value)

@@ -1,0 +1,54 @@
+"""Scores: how important each coupled channel is, summed over all the places where it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graphprune.groups import DependencyGroups, Place
+from graphprune.pipeline import Facts
+from graphprune.program import Program
+
+__all__ = ["Scores", "along", "sum_over_places"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(Facts):
+    """Importance of every coupled channel; low goes first."""
+
+    values: NDArray[np.float64] = field(repr=False)
+    """Shape (num_channels,)."""
+    method: str
+    """Name of the pass that scored."""
+
+
+def along(tensor: Tensor, dim: int) -> NDArray[np.float64]:
+    """Return `tensor` summed over all dimensions but `dim`, in float64."""
+    others = [d for d in range(tensor.dim()) if d != dim]
+    summed = tensor.sum(others) if others else tensor
+    result: NDArray[np.float64] = summed.detach().double().cpu().numpy()
+    return result
+
+
+def sum_over_places(
+    program: Program,
+    groups: DependencyGroups,
+    measure: Callable[[Place, Tensor], NDArray[np.float64] | None],
+) -> NDArray[np.float64]:
+    """Return, for every coupled channel, the sum of `measure` over the places where it lives.
+
+    Args:
+        program: The analysed program.
+        groups: Its analysis.
+        measure: Returns one number per index along the place's dimension, or None to pass over the place.
+    """
+    tensors = dict(program.named_tensors())
+    values = np.zeros(groups.num_channels)
+    for place in groups.places:
+        if place.name in tensors and (part := measure(place, tensors[place.name])) is not None:
+            np.add.at(values, groups.channels_of(place), part)
+    return values

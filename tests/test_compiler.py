@@ -1,0 +1,142 @@
+"""compile and apply from Python: what they return, and what they leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune.compiler import default_pipeline, replay_pipeline
+from graphprune.errors import OutputError, PlanError, TargetError, UsageError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 32)
+        self.b = nn.Linear(32, 32)
+        self.c = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        out: Tensor = self.c(h + torch.relu(self.b(h)))
+        return out
+
+
+X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Net().eval()
+
+
+def test_the_default_pipeline_is_one_line() -> None:
+    assert default_pipeline(has_data=True) == (
+        'dependency-groups,magnitude,choose-channels{target="macs=0.5"},remove-channels,clean-up,'
+        "reestimate-batch-norm,export-onnx,export-program"
+    )
+    assert default_pipeline(
+        target="ratio=0.3",
+        method="magnitude{norm=1}",
+        granularity="heads",
+        round_to=8,
+        export=False,
+    ) == (
+        "dependency-groups,magnitude{norm=1},"
+        'choose-channels{target="ratio=0.3" round_to=8 granularity=heads},remove-channels,clean-up'
+    )
+    assert replay_pipeline("a b.json", export=False) == (
+        'dependency-groups,load-plan{path="a b.json"},remove-channels,clean-up'
+    )
+
+
+def test_the_default_pipelines_round_trip() -> None:
+    for text in (default_pipeline(), default_pipeline(round_to=8, has_data=True)):
+        assert gp.Pipeline.parse(str(gp.Pipeline.parse(text))) == gp.Pipeline.parse(text)
+
+
+def test_compile_returns_a_smaller_program_and_leaves_the_model_alone(model: nn.Module) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = gp.compile(model, X, export=False)
+    assert result.passed
+    assert result.files == ()
+    assert result.plan is not None
+    report = result.report
+    assert report.after.macs is not None
+    assert report.before.macs == 6 * 32 + 32 * 32 + 32 * 4
+    assert report.after.macs <= 0.5 * report.before.macs
+    assert report.after.params == sum(p.numel() for p in result.program.module.parameters())
+    assert report.before.accuracy is None
+    assert result.program.module(X).shape == (2, 4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_apply_to_returns_the_users_own_class(model: nn.Module) -> None:
+    result = gp.compile(model, X, export=False)
+    smaller = result.apply_to(model)
+    assert isinstance(smaller, Net)
+    assert torch.allclose(smaller(X), result.program.module(X))
+    assert smaller.a.out_features < 32
+
+
+def test_a_plan_is_replayed_from_a_file_and_from_an_object(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    result = gp.compile(model, X, export=False, out=tmp_path)
+    assert result.plan is not None
+    for plan in (result.plan, tmp_path / "plan.json"):
+        again = gp.apply(plan, model, X, export=False)
+        assert torch.equal(again.program.module(X), result.program.module(X))
+        assert again.report.method == "magnitude"
+
+
+def test_a_captured_program_can_be_compiled(model: nn.Module) -> None:
+    program = gp.capture(model, X)
+    result = gp.compile(program, export=False)
+    assert result.dense is program
+    with pytest.raises(UsageError, match="give example_inputs= and weights= to capture"):
+        gp.compile(program, X, export=False)
+
+
+def test_a_pipeline_of_ones_own_has_no_target(model: nn.Module) -> None:
+    result = gp.compile(model, X, passes="dependency-groups")
+    assert result.plan is None
+    assert result.report.target is None
+    with pytest.raises(PlanError, match="made none"):
+        result.apply_to(model)
+    with pytest.raises(UsageError, match="passes= stands in place of"):
+        gp.compile(model, X, passes="dependency-groups", method="taylor")
+
+
+@pytest.mark.parametrize("name", ["dependency-groups", "remove-channels", "magnitude,magnitude"])
+def test_what_is_no_method_is_refused(model: nn.Module, name: str) -> None:
+    with pytest.raises(UsageError, match="no method is called"):
+        gp.compile(model, X, method=name)
+
+
+def test_an_error_leaves_no_file_and_no_folder(model: nn.Module, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(TargetError):
+        gp.compile(model, X, target="macs=0.00001", out=out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_leaves_earlier_files_alone(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("mine")
+    with pytest.raises(TargetError):
+        gp.compile(model, X, target="macs=0.00001", out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert (tmp_path / "plan.json").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        gp.compile("torchvision:never-loaded", out=tmp_path / "file")
