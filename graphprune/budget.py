@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from graphprune.cost import Cost, Keep
 from graphprune.errors import TargetError
 from graphprune.groups import DependencyGroups
-from graphprune.units import Granularity, Unit, find_units
+from graphprune.labels.atoms import Atoms
+from graphprune.units import Flags, Granularity, Units, find_units
 
 __all__ = ["Choice", "Target", "choose", "parse_target"]
 
 Scope = Literal["global", "uniform"]
 SLACK = 0.002
 """Land at most this fraction of the dense model below the target, where units are fine enough."""
-REFILL_TRIALS = 4000
+REFILL_TRIALS = 1000
 """How many units are tried, one by one, when the budget left over is filled up."""
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
@@ -127,154 +128,138 @@ def choose(
     if not np.isfinite(scores).all():
         raise TargetError("the importance scores hold NaN or infinite values; check the weights and the data")
     units = find_units(groups, scores, granularity=granularity)
-    allowed = _protect(groups, units, max_ratio)
-    bundles = _bundles(groups, [u for u, free in zip(units, allowed, strict=True) if free], units, round_to)
+    bundles = _bundles(groups, units, _free(groups, units, max_ratio), round_to)
     if target.ratio is not None:
-        taken = _by_ratio(bundles, units, target.ratio)
+        removed = _by_ratio(units, bundles, target.ratio)
     else:
-        order = _ordered(groups, bundles, units, scope)
-        taken = _by_limits(groups, order, target)
-    keep = _without(groups, taken)
-    heads = sum(u.kind == "heads" for bundle in taken for u in bundle)
+        removed = _by_limits(groups, units, _ordered(units, bundles, scope), target)
+    keep = groups.close(units.without(removed, groups.num_channels))
+    heads = int(removed[units.is_head].sum())
     return Choice(keep, groups.cost.total(keep), heads)
 
 
-Bundle = tuple[Unit, ...]
+Bundles = list[Atoms]
+"""Units that go together, each as an array of unit numbers."""
 
 
-def _protect(groups: DependencyGroups, units: list[Unit], max_ratio: float) -> list[bool]:
-    """Return which units may go: not the best of any tensor dimension, nor a group's last ones."""
-    at: dict[int, list[int]] = {}
-    for position, unit in enumerate(units):
-        for channel in unit.channels.tolist():
-            at.setdefault(channel, []).append(position)
-    score = np.full(groups.num_channels, -np.inf)
-    for unit in units:
-        score[unit.channels] = np.maximum(score[unit.channels], unit.score)
-    removable = np.isfinite(score)
-    allowed = [True] * len(units)
+def _free(groups: DependencyGroups, units: Units, max_ratio: float) -> Flags:
+    """Return which units may go: not the best of any tensor dimension, nor a group's best ones."""
+    free = np.ones(len(units), np.bool_)
+    best = np.full(groups.num_channels, -np.inf)
+    np.maximum.at(best, units.channels, units.score[units.owner])
+    protected = np.zeros(groups.num_channels, np.bool_)
     for axis in groups.axes:
-        if removable[axis].all():
-            best = int(axis[np.argmax(score[axis])])
-            for position in at[best]:
-                allowed[position] = False
-    by_group: dict[tuple[int, str], list[int]] = {}
-    for position, unit in enumerate(units):
-        by_group.setdefault((unit.group, unit.kind), []).append(position)
-    for positions in by_group.values():
-        least = len(positions) - math.floor(max_ratio * len(positions))
-        for position in sorted(positions, key=lambda p: -units[p].score)[:least]:
-            allowed[position] = False
-    return allowed
+        scores = best[axis]
+        if np.isfinite(scores).all():
+            protected[axis[np.argmax(scores)]] = True
+    free[units.owner[protected[units.channels]]] = False
+    if max_ratio < 1:
+        for inside in _by_group(units, np.arange(len(units))):
+            least = len(inside) - math.floor(max_ratio * len(inside))
+            free[inside[np.argsort(-units.score[inside], kind="stable")[:least]]] = False
+    return free
 
 
-def _bundles(groups: DependencyGroups, free: list[Unit], units: list[Unit], round_to: int) -> list[Bundle]:
+def _by_group(units: Units, chosen: Atoms) -> list[Atoms]:
+    """Split unit numbers by dependency group and kind."""
+    key = units.group[chosen] * 2 + units.is_head[chosen]
+    order = np.argsort(key, kind="stable")
+    ends = np.flatnonzero(np.diff(key[order])) + 1
+    return [part for part in np.split(chosen[order], ends) if len(part)]
+
+
+def _bundles(groups: DependencyGroups, units: Units, free: Flags, round_to: int) -> Bundles:
     """Bundle units of a group, worst first, so that what is left is a multiple of `round_to`."""
+    chosen = np.flatnonzero(free)
     if round_to <= 1:
-        return [(u,) for u in free]
-    totals: dict[tuple[int, str], int] = {}
-    for unit in units:
-        totals[unit.group, unit.kind] = totals.get((unit.group, unit.kind), 0) + 1
-    members: dict[tuple[int, str], list[Unit]] = {}
-    for unit in sorted(free, key=lambda u: u.score):
-        members.setdefault((unit.group, unit.kind), []).append(unit)
-    bundles: list[Bundle] = []
-    for key, ranked in members.items():
-        if key[1] == "heads":
-            bundles += [(u,) for u in ranked]
+        return list(chosen[:, None])
+    totals = np.bincount(units.group[~units.is_head], minlength=len(groups))
+    bundles: Bundles = []
+    for inside in _by_group(units, chosen):
+        ranked = inside[np.argsort(units.score[inside], kind="stable")]
+        if units.is_head[ranked[0]]:
+            bundles += list(ranked[:, None])
             continue
-        inside = set(groups[key[0]].channels.tolist())
-        width = max(1, sum(c in inside for c in ranked[0].channels.tolist()))
+        group = int(units.group[ranked[0]])
+        width = max(1, int(np.isin(units.members(int(ranked[0])), groups[group].channels).sum()))
         step = round_to // math.gcd(round_to, width)
-        first = totals[key] % step or step
+        first = int(totals[group]) % step or step
         cuts = [0, *range(first, len(ranked) + 1, step)]
-        bundles += [tuple(ranked[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        bundles += [ranked[a:b] for a, b in itertools.pairwise(cuts)]
     return bundles
 
 
-def _ordered(
-    groups: DependencyGroups, bundles: list[Bundle], units: list[Unit], scope: Scope
-) -> list[Bundle]:
-    by_group: dict[int, list[float]] = {}
-    for unit in units:
-        by_group.setdefault(unit.group, []).append(unit.score)
-    if scope == "uniform":
-        ranks = {g: np.sort(s) for g, s in by_group.items()}
-
-        def key(bundle: Bundle) -> float:
-            group = ranks[bundle[0].group]
-            return float(np.mean([np.searchsorted(group, u.score) for u in bundle]) / len(group))
-    else:
-        mean = {g: max(float(np.mean(s)), 1e-30) for g, s in by_group.items()}
-
-        def key(bundle: Bundle) -> float:
-            return float(np.mean([u.score for u in bundle])) / mean[bundle[0].group]
-
-    return sorted(bundles, key=lambda b: (key(b), b[0].group, int(b[0].channels[0])))
+def _ordered(units: Units, bundles: Bundles, scope: Scope) -> Bundles:
+    """Return the bundles in the order in which they go."""
+    key = np.empty(len(units))
+    for inside in _by_group(units, np.arange(len(units))):
+        scores = units.score[inside]
+        if scope == "uniform":
+            key[inside] = np.searchsorted(np.sort(scores), scores) / len(inside)
+        else:
+            key[inside] = scores / max(float(scores.mean()), 1e-30)
+    return [bundles[i] for i in np.argsort(_means(key, bundles), kind="stable")]
 
 
-def _by_ratio(bundles: list[Bundle], units: list[Unit], ratio: float) -> list[Bundle]:
-    totals: dict[int, int] = {}
-    for unit in units:
-        totals[unit.group] = totals.get(unit.group, 0) + 1
-    gone: dict[int, int] = {}
-    taken = []
-    for bundle in sorted(bundles, key=lambda b: b[0].score):
-        group = bundle[0].group
-        if gone.get(group, 0) + len(bundle) <= math.floor(ratio * totals[group] + 1e-9):
-            gone[group] = gone.get(group, 0) + len(bundle)
-            taken.append(bundle)
-    return taken
+def _means(values: NDArray[np.float64], bundles: Bundles) -> NDArray[np.float64]:
+    """Return the mean of `values` over each bundle."""
+    if not bundles:
+        return np.zeros(0)
+    lengths = np.array([len(b) for b in bundles])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    means: NDArray[np.float64] = np.add.reduceat(values[np.concatenate(bundles)], starts) / lengths
+    return means
 
 
-def _without(groups: DependencyGroups, bundles: Sequence[Bundle]) -> Keep:
-    keep = groups.cost.everything()
-    if bundles:
-        keep[np.concatenate([u.channels for b in bundles for u in b])] = False
-    return groups.close(keep)
+def _by_ratio(units: Units, bundles: Bundles, ratio: float) -> Flags:
+    """Remove up to the same fraction of every group, worst first."""
+    removed = np.zeros(len(units), np.bool_)
+    key = units.group * 2 + units.is_head
+    room = np.floor(ratio * np.bincount(key) + 1e-9).astype(np.int64) if len(units) else key
+    for i in np.argsort(_means(units.score, bundles), kind="stable"):
+        kind = key[bundles[i][0]]
+        if len(bundles[i]) <= room[kind]:
+            room[kind] -= len(bundles[i])
+            removed[bundles[i]] = True
+    return removed
 
 
-def _by_limits(groups: DependencyGroups, order: list[Bundle], target: Target) -> list[Bundle]:
-    """Take the shortest prefix of `order` that meets the limits, then put back what still fits."""
+def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: Target) -> Flags:
+    """Remove the shortest prefix of `order` that meets the limits, then put back what still fits."""
     dense = groups.cost.total()
     limits = target.limits(dense)
+    rank = np.full(len(units), len(order))
+    for position, bundle in enumerate(order):
+        rank[bundle] = position
 
-    def fits(taken: Sequence[Bundle]) -> bool:
-        cost = groups.cost.total(_without(groups, taken))
-        return cost.macs <= limits.macs and cost.params <= limits.params
+    def cost(removed: Flags) -> Cost:
+        return groups.cost.total(groups.close(units.without(removed, groups.num_channels)))
 
-    if not fits(order):
-        raise TargetError(_unreachable(groups, target, dense, groups.cost.total(_without(groups, order))))
+    def fits(found: Cost) -> bool:
+        return found.macs <= limits.macs and found.params <= limits.params
+
+    if not fits(least := cost(rank < len(order))):
+        raise TargetError(_unreachable(groups, target, dense, least))
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(order[:middle]) else (middle + 1, high)
-    return _refill(groups, order[:low], limits, dense)
-
-
-def _refill(groups: DependencyGroups, taken: list[Bundle], limits: Cost, dense: Cost) -> list[Bundle]:
-    """Put units back, the most important first, as long as the limits hold."""
-    kept_back: set[int] = set()
-
-    def cost_of() -> Cost:
-        return groups.cost.total(_without(groups, [b for i, b in enumerate(taken) if i not in kept_back]))
-
-    def room(cost: Cost) -> float:
-        return min(
-            (limits.macs - cost.macs) / max(1, dense.macs) if limits.macs < dense.macs else math.inf,
-            (limits.params - cost.params) / max(1, dense.params) if limits.params < dense.params else math.inf,
-        )
-
-    if not taken or room(cost_of()) <= SLACK:
-        return taken
-    for position in reversed(range(max(0, len(taken) - REFILL_TRIALS), len(taken))):
-        kept_back.add(position)
-        cost = cost_of()
-        if cost.macs > limits.macs or cost.params > limits.params:
-            kept_back.discard(position)
-        elif room(cost) <= SLACK:
+        low, high = (low, middle) if fits(cost(rank < middle)) else (middle + 1, high)
+    removed = rank < low
+    for bundle in reversed(order[max(0, low - REFILL_TRIALS) : low]):
+        if _room(cost(removed), limits, dense) <= SLACK:
             break
-    return [b for i, b in enumerate(taken) if i not in kept_back]
+        removed[bundle] = False
+        if not fits(cost(removed)):
+            removed[bundle] = True
+    return removed
+
+
+def _room(cost: Cost, limits: Cost, dense: Cost) -> float:
+    """Return how far below the limits a cost is, as a fraction of the dense program: the smaller of the two distances."""
+    return min(
+        (limits.macs - cost.macs) / max(1, dense.macs) if limits.macs < dense.macs else math.inf,
+        (limits.params - cost.params) / max(1, dense.params) if limits.params < dense.params else math.inf,
+    )
 
 
 def _unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Cost) -> str:

@@ -5,14 +5,15 @@ batch. A graph that calls an opaque Python function, or that computes other shap
 then, as where Python control flow defeats symbolic tracing, ``torch.export`` takes over.
 
 A Program shares parameters and buffers with the module that it was captured from, so that capture costs no copies;
-surgery always copies. It shares no module object: the caller may go on training, switching modes or changing attributes.
+surgery always copies. It shares no module object: the caller may go on training, switching modes or changing
+attributes.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from torch.nn.modules.module import (
 
 from graphprune.errors import CaptureError, InputError, LoadError
 from graphprune.inputs import infer_inputs
-from graphprune.load import load_model, load_weights
-from graphprune.lowering import exported, sized, symbolic
+from graphprune.load import ScriptedModel, load_model, load_weights
+from graphprune.lowering import copies, exported, sized, symbolic
 from graphprune.lowering.sized import may_vary, resize
 from graphprune.program import Program
 
@@ -70,8 +71,12 @@ def capture(
         model = load_model(model, weights=weights, trust=trust, trust_all=trust_all)
     elif weights is not None:
         if isinstance(model, ExportedProgram):
-            raise LoadError(f"weights {weights} were given for an ExportedProgram, which holds its own: leave them out")
+            raise LoadError(
+                f"weights {weights} were given for an ExportedProgram, which holds its own: leave them out"
+            )
         model = load_weights(model, weights)
+    if isinstance(model, torch.jit.ScriptModule):
+        source, model = source or type(model).__name__, ScriptedModel(model)
     if isinstance(model, ExportedProgram):
         return _capture_exported(model, example_inputs, source=source or "ExportedProgram")
     source = source or type(model).__name__
@@ -87,13 +92,18 @@ def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -
         try:
             module = tracer(model, inputs)
         # The model's own code ran on symbolic values: it may raise anything, and the next tracer is the answer.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             reasons.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
-        agreed = _agrees(model, module, inputs)
+        # A symbolic graph is the model's own computation, or the trace failed; a sized one may have followed a branch.
+        agreed = _agrees(module if name == "torch.fx" else model, module, inputs)
         if agreed is not None:
             return Program(
-                module=module, example_inputs=inputs, dialect=_dialect(module), dynamic_batch=agreed, source=source
+                module=module,
+                example_inputs=inputs,
+                dialect=_dialect(module),
+                dynamic_batch=agreed,
+                source=source,
             )
         reasons.append(f"{name}: the graph does not compute the shapes that the model computes")
     _check_accepts(model, inputs, source)
@@ -102,23 +112,34 @@ def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -
 
 _TRACERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], fx.GraphModule]] = {
     "torch.fx": lambda model, inputs: symbolic.trace(model, num_inputs=len(inputs)),
-    "torch.fx with known sizes": lambda model, inputs: sized.trace(model, inputs, dynamic=may_vary(inputs)),
+    "torch.fx with known sizes": lambda model, inputs: sized.trace(
+        model, inputs, dynamic=may_vary(inputs)
+    ),
 }
 """The tracers that keep modules, in the order in which they are tried; `torch.export` comes after them."""
 
 
-def _export_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str, reasons: list[str]) -> Program:
+def _export_module(
+    model: nn.Module, inputs: tuple[Tensor, ...], source: str, reasons: list[str]
+) -> Program:
     for dynamic in (True, False) if may_vary(inputs) else (False,):
         example = tuple(resize(t, max(2, t.shape[0])) for t in inputs) if dynamic else inputs
         try:
-            program = exported.export(model, example, dynamic=dynamic)
+            program = exported.export(copies.copy_structure(model), example, dynamic=dynamic)
         # torch.export documents no common error class; each failure is reported below.
-        except Exception as error:  # noqa: BLE001
-            reasons.append(f"torch.export ({'dynamic' if dynamic else 'fixed'} batch): {_first_line(error)}")
+        except Exception as error:
+            reasons.append(
+                f"torch.export ({'dynamic' if dynamic else 'fixed'} batch): {_first_line(error)}"
+            )
             continue
-        module = exported.flatten_program(program, class_name=type(model).__name__)
+        prefix = "script." if isinstance(model, ScriptedModel) else ""
+        module = exported.flatten_program(program, class_name=type(model).__name__, prefix=prefix)
         return Program(
-            module=module, example_inputs=inputs, dialect="export", dynamic_batch=dynamic, source=source
+            module=module,
+            example_inputs=inputs,
+            dialect="export",
+            dynamic_batch=dynamic,
+            source=source,
         )
     raise CaptureError(f"{source} cannot be captured as a graph:\n  " + "\n  ".join(reasons))
 
@@ -135,7 +156,9 @@ def _capture_exported(
     _check_finite(module, source)
     _check_accepts(module, inputs, source)
     dynamic = exported.has_dynamic_batch(program)
-    return Program(module=module, example_inputs=inputs, dialect="export", dynamic_batch=dynamic, source=source)
+    return Program(
+        module=module, example_inputs=inputs, dialect="export", dynamic_batch=dynamic, source=source
+    )
 
 
 def _dialect(module: fx.GraphModule) -> Any:
@@ -147,7 +170,9 @@ def _as_tuple(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     for position, value in enumerate(values):
         if not isinstance(value, Tensor):
-            raise InputError(f"example input {position} is a {type(value).__name__}, expected a tensor")
+            raise InputError(
+                f"example input {position} is a {type(value).__name__}, expected a tensor"
+            )
     return tuple(v.detach() for v in values)
 
 
@@ -167,7 +192,9 @@ def _as_inputs(
     ]
     if (len(found) > accepted and not is_open) or len(found) < len(required):
         wanted = f"{len(required)} ({', '.join(required)})" if required else f"at most {accepted}"
-        raise InputError(f"{source} takes {wanted} inputs, found {len(found)} example inputs: repeat --input for each")
+        raise InputError(
+            f"{source} takes {wanted} inputs, found {len(found)} example inputs: repeat --input for each"
+        )
     return found
 
 
@@ -186,7 +213,11 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def _check_finite(model: nn.Module, source: str) -> None:
     """Refuse parameters with NaN or infinity, and buffers with NaN (a mask may well hold infinities)."""
-    parameters = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
+    parameters = [
+        (n, p.detach())
+        for n, p in model.named_parameters()
+        if p.is_floating_point() and not p.is_meta
+    ]
     buffers = [(n, b) for n, b in model.named_buffers() if b.is_floating_point() and not b.is_meta]
     # A sum is not finite where an element is not; it can also overflow, hence the second, exact look.
     suspects = [(n, t) for n, t in parameters if not _has_finite_sum(t)]
@@ -194,7 +225,9 @@ def _check_finite(model: nn.Module, source: str) -> None:
     bad += [n for n, t in buffers if not _has_finite_sum(t) and bool(torch.isnan(t).any())]
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise LoadError(f"{source} holds weights that are NaN or infinite: {shown}. Nothing can be proven about them")
+        raise LoadError(
+            f"{source} holds weights that are NaN or infinite: {shown}. Nothing can be proven about them"
+        )
 
 
 def _has_finite_sum(tensor: Tensor) -> bool:
@@ -214,7 +247,7 @@ def _agrees(model: nn.Module, module: fx.GraphModule, inputs: tuple[Tensor, ...]
         expected = _shapes(model, inputs, batch)
         if expected is None:
             continue
-        found = _shapes(module, inputs, batch)
+        found = expected if module is model else _shapes(module, inputs, batch)
         is_dynamic = batch is not None and all(s[:1] == (batch,) for s in expected)
         if found == expected and (is_dynamic or batch is None):
             return is_dynamic
@@ -223,28 +256,28 @@ def _agrees(model: nn.Module, module: fx.GraphModule, inputs: tuple[Tensor, ...]
     return None
 
 
-def _shapes(module: nn.Module, inputs: tuple[Tensor, ...], batch: int | None) -> list[tuple[int, ...]] | None:
+def _shapes(
+    module: nn.Module, inputs: tuple[Tensor, ...], batch: int | None
+) -> list[tuple[int, ...]] | None:
     """Return the shapes of the outputs at another batch size, or None where the module fails there.
 
     Meta tensors are tried first, since they cost no arithmetic; code that mixes in tensors of its own needs real ones.
     """
 
     def attempt(device: str | None) -> list[tuple[int, ...]]:
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        if device is not None:
-            tensors = {name: torch.empty_like(t, device=device) for name, t in tensors.items()}
+        run = module if device is None else copies.meta_copy(module, {})
         args = tuple(t if device is None else torch.empty_like(t, device=device) for t in inputs)
         if batch is not None:
             args = tuple(resize(t, batch) for t in args)
-        with torch.no_grad(), symbolic.ShapesOnly():
-            outputs = module(*args) if device is None else torch.func.functional_call(module, tensors, args)
+        with torch.no_grad(), nullcontext() if device is None else symbolic.ShapesOnly():
+            outputs = run(*args)
         return [tuple(t.shape) for t in symbolic.tensors_of(outputs)]
 
     for device in ("meta", None):
         try:
             return attempt(device)
         # The model's own code: any failure means that this way of running it gives no answer.
-        except Exception:  # noqa: BLE001, PERF203
+        except Exception:
             continue
     return None
 
@@ -265,7 +298,10 @@ def _check_accepts(model: nn.Module, inputs: tuple[Tensor, ...], source: str) ->
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
 
-    handles: list[Any] = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    handles: list[Any] = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave),
+    ]
     run: Callable[..., Any] = model
     try:
         with torch.no_grad():

@@ -6,10 +6,9 @@ changed on the command line, and this module knows no pass class.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import tempfile
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,14 +17,16 @@ import torch
 from torch import nn
 
 from graphprune import registry, textform
+from graphprune.budget import parse_target
+from graphprune.devices import pick_device
 from graphprune.environment import environment
-from graphprune.errors import OutputError, UsageError
-from graphprune.files import prepare_out
-from graphprune.pipeline import Callback, Pipeline, PipelineResult, pick_device
+from graphprune.errors import PlanError, UsageError
+from graphprune.pipeline import Callback, Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.progress import Progress, SilentProgress
 from graphprune.report.data import Figures, Report, parameter_changes
+from graphprune.staging import Staging, staging
 
 if TYPE_CHECKING:
     from graphprune.data import DataSource
@@ -76,11 +77,10 @@ class CompileResult:
             ApplyError: The class of the model cannot hold the cut; the message says why.
             PlanError: The pipeline made no plan.
         """
-        from graphprune.apply_to import apply_plan_to
-        from graphprune.errors import PlanError
-
         if self.plan is None:
             raise PlanError("expected a result with a plan, but its pipeline made none")
+        from graphprune.apply_to import apply_plan_to
+
         return apply_plan_to(model, self.dense, self.program, self.plan)
 
 
@@ -96,8 +96,10 @@ def default_pipeline(
     """Return the pipeline of `compile` as text.
 
     Raises:
+        TargetError: `target` cannot be read or is out of range.
         UsageError: `method` is no method.
     """
+    parse_target(target)  # before any work is done for it
     _must_be_method(method)
     choice: dict[str, textform.Value] = {"target": target}
     if round_to is not None:
@@ -225,8 +227,8 @@ def compile(
         callbacks=tuple(callbacks),
         progress=progress or SilentProgress(),
     )
-    with _staging(out) as staging:
-        return job.run(pipeline, staging)
+    with staging(out) as folder:
+        return job.run(pipeline, folder)
 
 
 def apply(
@@ -266,12 +268,12 @@ def apply(
         callbacks=tuple(callbacks),
         progress=progress or SilentProgress(),
     )
-    with _staging(out) as staging, tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.json" if isinstance(plan, Plan) else Path(plan)
+    with staging(out) as folder, tempfile.TemporaryDirectory() as aside:
+        path = Path(aside) / "plan.json" if isinstance(plan, Plan) else Path(plan)
         if isinstance(plan, Plan):
             plan.save(path)
         text = replay_pipeline(path, has_data=source is not None, export=export)
-        return job.run(Pipeline.parse(text), staging)
+        return job.run(Pipeline.parse(text), folder)
 
 
 def evaluate_model(
@@ -357,7 +359,7 @@ class _Job:
     callbacks: tuple[Callback, ...]
     progress: Progress
 
-    def run(self, pipeline: Pipeline, staging: _Staging) -> CompileResult:
+    def run(self, pipeline: Pipeline, folder: Staging) -> CompileResult:
         dense = self.capture()
         accuracy_before = self.accuracy(dense)
         result = pipeline.run(
@@ -365,7 +367,7 @@ class _Job:
             data=self.data,
             device=self.device,
             seed=self.seed,
-            out=staging.folder,
+            out=folder.path,
             verify=self.verify,
             callbacks=self.callbacks,
             progress=self.progress,
@@ -388,16 +390,16 @@ class _Job:
             parameters=parameter_changes(dense, result.program),
         )
         if plan is not None:
-            plan.save(staging.folder / "plan.json")
-        report.save(staging.folder / "report.json")
-        report.to_html(staging.folder / "report.html")
+            plan.save(folder.path / "plan.json")
+        report.save(folder.path / "report.json")
+        report.to_html(folder.path / "report.html")
         return CompileResult(
             program=result.program,
             dense=dense,
             plan=plan,
             report=report,
             pipeline=result,
-            files=staging.deliver(),
+            files=folder.deliver(),
         )
 
     def capture(self) -> Program:
@@ -467,52 +469,3 @@ def _must_be_method(method: str) -> None:
     close = difflib.get_close_matches(parsed[0].name, methods, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"methods are {', '.join(methods)}"
     raise UsageError(f"no method is called {method!r}; {hint}")
-
-
-class _Staging:
-    """Folder in which a run writes; its files move to their place together, at the end."""
-
-    def __init__(self, folder: Path, out: Path | None) -> None:
-        self.folder = folder
-        self.out = out
-
-    def deliver(self) -> tuple[Path, ...]:
-        """Move every file into `out`, and return where they are now; without `out` there is nothing to keep."""
-        if self.out is None:
-            return ()
-        delivered = []
-        for path in sorted(self.folder.iterdir()):
-            target = self.out / path.name
-            try:
-                path.replace(target)
-            except OSError as error:
-                raise OutputError(
-                    f"expected to write {str(target)!r}: {error.strerror or error}"
-                ) from error
-            delivered.append(target)
-        return tuple(delivered)
-
-
-@contextlib.contextmanager
-def _staging(out: str | Path | None) -> Iterator[_Staging]:
-    """Yield a folder to write into; after an error nothing of it, nor of a folder made for it, is left."""
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
-            yield _Staging(Path(name), None)
-        return
-    folder = Path(out)
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    prepare_out(folder)
-    is_delivered = False
-    try:
-        # inside `out`, so that moving a file is one rename on one file system
-        with tempfile.TemporaryDirectory(prefix=".graphprune-", dir=folder) as name:
-            yield _Staging(Path(name), folder)
-        is_delivered = True
-    finally:
-        if not is_delivered:
-            for path in made:
-                with contextlib.suppress(
-                    OSError
-                ):  # somebody else may have put a file there meanwhile
-                    path.rmdir()

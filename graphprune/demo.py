@@ -19,7 +19,7 @@ from graphprune.progress import Progress, SilentProgress
 
 __all__ = ["Block", "DemoResult", "DigitsNet", "run_demo", "train_digits"]
 
-EPOCHS = 8
+EPOCHS = 6
 BATCH_SIZE = 64
 LEARNING_RATE = 0.01
 WEIGHT_DECAY = 5e-4
@@ -79,7 +79,7 @@ class DemoResult:
 def run_demo(
     out: str | Path, *, device: str = "auto", seed: int = 0, progress: Progress | None = None
 ) -> DemoResult:
-    """Train, save ``model.pt`` into `out`, and compile that file to half its MACs.
+    """Train, save ``model.pt`` into `out`, and compile that file to half its MACs in multiples of 8 channels.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -93,6 +93,7 @@ def run_demo(
     result = compile(
         str(path),
         target="macs=0.5",
+        round_to=8,  # what runtimes compute fastest
         data="digits",
         out=folder,
         device=device,

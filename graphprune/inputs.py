@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,9 @@ def _random(text: str, shape: str, dtype_name: str | None, generator: torch.Gene
         raise InputError(f"input {text!r} has a size of 0: every size must be at least 1")
     dtype = _DTYPES.get(dtype_name or "float32")
     if dtype is None:
-        raise InputError(f"input {text!r} has the unknown type {dtype_name!r}: expected one of {', '.join(_DTYPES)}")
+        raise InputError(
+            f"input {text!r} has the unknown type {dtype_name!r}: expected one of {', '.join(_DTYPES)}"
+        )
     if dtype.is_floating_point:
         return torch.randn(sizes, generator=generator).to(dtype)
     return torch.zeros(sizes, dtype=dtype)
@@ -77,17 +80,22 @@ def _read(path: Path) -> list[Tensor]:
     try:
         tensors = _READERS[path.suffix.lower()](path)
     # torch, numpy and safetensors raise different classes for a damaged file.
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, *_pickle_errors()) as error:
-        raise InputError(f"input file {path} cannot be read as tensors: {str(error).splitlines()[0]}") from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"input file {path} cannot be read as tensors: {reason}") from error
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):
-        raise InputError(f"input file {path} holds {type(tensors).__name__}, expected a tensor or a tuple of tensors")
+        raise InputError(
+            f"input file {path} holds {type(tensors).__name__}, expected a tensor or a tuple of tensors"
+        )
     return tensors
-
-
-def _pickle_errors() -> tuple[type[Exception], ...]:
-    import pickle
-
-    return (pickle.UnpicklingError,)
 
 
 def _read_torch(path: Path) -> list[Any]:
@@ -129,7 +137,11 @@ def infer_inputs(model: nn.Module) -> tuple[Tensor, ...] | None:
     if isinstance(config, dict) and config.get("input_size"):
         shape = (1, *config["input_size"])
     elif family.startswith("torchvision.models.video"):
-        shape = (1, 3, 16, 224, 224) if family.endswith(("mvit", "swin_transformer")) else (1, 3, 16, 112, 112)
+        shape = (
+            (1, 3, 16, 224, 224)
+            if family.endswith(("mvit", "swin_transformer", "s3d"))
+            else (1, 3, 16, 112, 112)
+        )
     elif family.startswith("torchvision.models.inception"):
         shape = (1, 3, 299, 299)
     elif family.startswith("torchvision.models"):

@@ -27,19 +27,31 @@ from torch.export import ExportedProgram
 from graphprune import unpickle
 from graphprune.errors import GraphpruneError, LoadError
 
-__all__ = ["load_model", "load_weights", "read_weights"]
+__all__ = ["ScriptedModel", "load_model", "load_weights", "read_weights"]
 
 _SHOWN = 4
 _SEED = 0
 _FILES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors", ".onnx")
-_FORMS = (
-    "expected a file (.pt, .pth, .pt2), torchvision:NAME, timm:NAME or package.module:factory"
+_FORMS = "expected a file (.pt, .pth, .pt2), torchvision:NAME, timm:NAME or package.module:factory"
+_DAMAGED = (
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    OSError,
+    ImportError,
 )
-_DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError, OSError, ImportError)
 
 
 def load_model(
-    text: str, *, weights: str | Path | None = None, trust: Sequence[str] = (), trust_all: bool = False
+    text: str,
+    *,
+    weights: str | Path | None = None,
+    trust: Sequence[str] = (),
+    trust_all: bool = False,
 ) -> nn.Module | ExportedProgram:
     """Return the model that a MODEL text names; random weights come from a fixed seed.
 
@@ -66,7 +78,9 @@ def load_model(
     if weights is None:
         return model  # type: ignore[no-any-return]
     if not isinstance(model, nn.Module):
-        raise LoadError(f"{text} is an exported program, which holds its weights: leave out --weights {weights}")
+        raise LoadError(
+            f"{text} is an exported program, which holds its weights: leave out --weights {weights}"
+        )
     return load_weights(model, weights, in_place=True)
 
 
@@ -92,25 +106,25 @@ def _from_torchvision(name: str) -> nn.Module:
     try:
         from torchvision import models
     except ImportError as error:
-        raise LoadError(f"torchvision:{name} needs torchvision, which is not installed: pip install torchvision") from error
+        raise LoadError(f"torchvision:{name} needs torchvision: pip install torchvision") from error
     if name not in models.list_models():
         raise LoadError(f"torchvision has no model {name!r}{_close(name, models.list_models())}")
     builder = models.get_model_builder(name)
     # Some builders fetch a backbone or warn about slow initialisation unless told.
-    options = {"weights": None, "weights_backbone": None, "init_weights": True, "quantize": False}
-    accepted = inspect.signature(builder).parameters
-    is_open = not name.startswith("quantized_")
-    chosen = {k: v for k, v in options.items() if k in accepted}
-    if "init_weights" not in accepted and is_open and name in ("googlenet", "inception_v3"):
-        chosen["init_weights"] = True
-    return models.get_model(name, **chosen)
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True
+    model: nn.Module = models.get_model(name, **options)
+    return model
 
 
 def _from_timm(name: str) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise LoadError(f"timm:{name} needs timm, which is not installed: pip install timm") from error
+        raise LoadError(f"timm:{name} needs timm: pip install timm") from error
     if not timm.is_model(name):
         raise LoadError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
     model = timm.create_model(name, pretrained=False)
@@ -119,7 +133,10 @@ def _from_timm(name: str) -> nn.Module:
     return model
 
 
-_ZOOS: dict[str, Callable[[str], nn.Module]] = {"torchvision": _from_torchvision, "timm": _from_timm}
+_ZOOS: dict[str, Callable[[str], nn.Module]] = {
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+}
 
 
 def _close(name: str, names: Sequence[str]) -> str:
@@ -132,14 +149,20 @@ def _call_factory(module_name: str, name: str) -> nn.Module:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise LoadError(f"{where}: there is no module {error.name!r} here or installed; {_FORMS}") from error
+        raise LoadError(
+            f"{where}: there is no module {error.name!r} here or installed; {_FORMS}"
+        ) from error
     # The user's own module runs here: whatever it raises belongs to the message.
     except Exception as error:
-        raise LoadError(f"{where}: importing {module_name} failed: {type(error).__name__}: {error}") from error
+        raise LoadError(
+            f"{where}: importing {module_name} failed: {type(error).__name__}: {error}"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             public = [n for n in dir(found) if not n.startswith("_")]
-            raise LoadError(f"{where}: {module_name} has no attribute {name!r}{_close(part, public)}")
+            raise LoadError(
+                f"{where}: {module_name} has no attribute {name!r}{_close(part, public)}"
+            )
         found = getattr(found, part)
     if not isinstance(found, nn.Module) and callable(found):
         try:
@@ -150,7 +173,9 @@ def _call_factory(module_name: str, name: str) -> nn.Module:
         except Exception as error:
             raise LoadError(f"{where}: the call failed: {type(error).__name__}: {error}") from error
     if not isinstance(found, nn.Module):
-        raise LoadError(f"{where} is a {type(found).__name__}, expected a torch.nn.Module or a function that makes one")
+        raise LoadError(
+            f"{where} is a {type(found).__name__}, expected a torch.nn.Module or a function that makes one"
+        )
     return found
 
 
@@ -164,7 +189,11 @@ def _load_file(path: Path, *, trust: Sequence[str], trust_all: bool) -> nn.Modul
         return _load_pickle(path, trust=trust, trust_all=trust_all)
     with zipfile.ZipFile(path) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
-    if path.suffix.lower() == ".pt2" or "archive_format" in names or "serialized_exported_program.json" in names:
+    if (
+        path.suffix.lower() == ".pt2"
+        or "archive_format" in names
+        or "serialized_exported_program.json" in names
+    ):
         return _load_exported(path)
     if "constants.pkl" in names:
         return _load_scripted(path)
@@ -189,7 +218,9 @@ def _load_exported(path: Path) -> ExportedProgram:
     try:
         return torch.export.load(path)
     except (*_DAMAGED, AssertionError) as error:
-        raise LoadError(f"{path} is not a readable file of torch.export.save: {_first_line(error)}") from error
+        raise LoadError(
+            f"{path} is not a readable file of torch.export.save: {_first_line(error)}"
+        ) from error
 
 
 def _load_scripted(path: Path) -> nn.Module:
@@ -201,15 +232,28 @@ def _load_scripted(path: Path) -> nn.Module:
 
 
 class ScriptedModel(nn.Module):
-    """A TorchScript module as a plain one; `torch.export` traces it by running it, so its parameters keep their names."""
+    """A TorchScript module as a plain one, which `torch.export` can trace by running it."""
 
     def __init__(self, script: nn.Module) -> None:
         super().__init__()
+        # A loaded archive holds plain tensors where the exporter insists on parameters.
+        self._held = [_hold_parameters(part) for part in script.modules()]
         self.script = script
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the TorchScript module."""
         return self.script(*inputs)
+
+
+def _hold_parameters(script: nn.Module) -> list[nn.Parameter]:
+    """Replace the direct parameters of a TorchScript module by true ones; they live as long as the result is kept."""
+    held = {
+        name: nn.Parameter(tensor.detach())
+        for name, tensor in script.named_parameters(recurse=False)
+    }
+    for name, parameter in held.items():
+        setattr(script, name, parameter)
+    return list(held.values())
 
 
 def _load_pickle(path: Path, *, trust: Sequence[str], trust_all: bool) -> nn.Module:
@@ -248,12 +292,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (*_DAMAGED, SafetensorError, pickle.UnpicklingError) as error:
-        raise LoadError(f"weights {path} cannot be read as a state dict: {_first_line(error)}") from error
+        raise LoadError(
+            f"weights {path} cannot be read as a state dict: {_first_line(error)}"
+        ) from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
-    if not isinstance(value, Mapping) or not value or not all(isinstance(t, Tensor) for t in value.values()):
-        raise LoadError(f"weights {path} hold a {type(value).__name__}, expected a state dict of names and tensors")
+    if (
+        not isinstance(value, Mapping)
+        or not value
+        or not all(isinstance(t, Tensor) for t in value.values())
+    ):
+        raise LoadError(
+            f"weights {path} hold a {type(value).__name__}, expected a state dict of names and tensors"
+        )
     state = {str(name): tensor for name, tensor in value.items()}
     if all(name.startswith("module.") for name in state):  # saved from DataParallel
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -278,7 +330,9 @@ def load_weights(model: nn.Module, path: str | Path, *, in_place: bool = False) 
     ]
     problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     if any(names for _, names in problems):
-        text = "; ".join(f"{len(names)} {kind}: {_list(names)}" for kind, names in problems if names)
+        text = "; ".join(
+            f"{len(names)} {kind}: {_list(names)}" for kind, names in problems if names
+        )
         raise LoadError(f"weights {path} do not fit {type(model).__name__}: {text}")
     if not in_place:
         model = copy.deepcopy(model)

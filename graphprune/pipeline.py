@@ -23,10 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
-
 from graphprune import options, registry, textform
 from graphprune.check import Check
+from graphprune.devices import pick_device
 from graphprune.errors import (
     DataError,
     GraphpruneError,
@@ -55,7 +54,6 @@ __all__ = [
     "PipelineResult",
     "SurgeryResult",
     "TrainingResult",
-    "pick_device",
 ]
 
 
@@ -296,28 +294,6 @@ class Pipeline:
         for callback in callbacks:
             callback(previous, driver.program, None)
         return driver.result()
-
-
-def pick_device(device: str) -> str:
-    """Return the device to compute on: what was asked for, or with ``auto`` the GPU if there is one.
-
-    Raises:
-        UsageError: No such device here.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}") from error
-    if kind.type not in ("cpu", "cuda"):
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}")
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; "
-            "use auto or cpu, or see `graphprune doctor`"
-        )
-    return device
 
 
 _OWN_CLASS = (TargetError, PlanError, DataError, OutputError, UsageError)

@@ -28,6 +28,10 @@ from graphprune.errors import ForbiddenClassError, LoadError
 __all__ = ["load", "scan"]
 
 _LEGACY_HEADERS = 3
+_BUILTINS = (
+    *(set, frozenset, list, dict, tuple, slice, range, object),
+    *(int, float, bool, complex, str, bytes, bytearray),
+)
 _NAMES = frozenset(
     {
         "collections.OrderedDict",
@@ -51,12 +55,29 @@ _NAMES = frozenset(
         "numpy.core.multiarray.scalar",
         "numpy._core.multiarray._reconstruct",
         "numpy._core.multiarray.scalar",
-        *(f"torch._utils._rebuild_{k}" for k in ("tensor", "tensor_v2", "parameter", "parameter_with_state")),
-        *(f"{m}.{t}" for m in ("builtins", "__builtin__") for t in ("set", "frozenset", "list", "dict", "tuple")),
-        *(f"{m}.{t}" for m in ("builtins", "__builtin__") for t in ("int", "float", "bool", "str", "bytes", "bytearray")),
-        *(f"{m}.{t}" for m in ("builtins", "__builtin__") for t in ("complex", "slice", "range", "object")),
-        *(f"torch.{a}" for a in ("relu", "sigmoid", "tanh", "softmax", "log_softmax", "flatten", "add", "mul", "cat")),
-        *(f"torch._C._nn.{a}" for a in ("gelu", "silu", "elu_", "leaky_relu", "hardtanh", "hardswish", "softplus")),
+        *(
+            f"torch._utils._rebuild_{k}"
+            for k in ("tensor", "tensor_v2", "parameter", "parameter_with_state")
+        ),
+        *(f"{m}.{t.__name__}" for m in ("builtins", "__builtin__") for t in _BUILTINS),
+        *(
+            f"torch.{a}"
+            for a in (
+                "relu",
+                "sigmoid",
+                "tanh",
+                "softmax",
+                "log_softmax",
+                "flatten",
+                "add",
+                "mul",
+                "cat",
+            )
+        ),
+        *(
+            f"torch._C._nn.{a}"
+            for a in ("gelu", "silu", "elu_", "leaky_relu", "hardtanh", "hardswish", "softplus")
+        ),
     }
 )
 _PACKAGES = (
@@ -106,7 +127,10 @@ class _Scanner(pickle.Unpickler):
         return _Inert
 
     def persistent_load(self, saved_id: Any) -> Any:
-        return _Inert()
+        # Old files wrap a class, which the pickle goes on to instantiate, with its source; all others are storages.
+        return (
+            saved_id[1] if isinstance(saved_id, tuple) and saved_id[:1] == ("module",) else _Inert()
+        )
 
 
 def scan(path: Path) -> tuple[tuple[str, str], ...]:
@@ -146,14 +170,16 @@ def load(path: Path, *, trust: Sequence[str] = (), trust_all: bool = False) -> A
         if forbidden:
             flags = " ".join(f"--trust {name}" for name in forbidden)
             raise ForbiddenClassError(
-                f"{path} names {', '.join(forbidden)}, which is not among the classes of torch.nn, torchvision and timm "
-                f"that a model file may use. Nothing of it was run. If you trust the file: {flags}"
+                f"{path} names {', '.join(forbidden)}, which is not among the classes of torch.nn, torchvision and "
+                f"timm that a model file may use. Nothing of it was run. If you trust the file: {flags}"
             )
 
     class Restricted(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if not (trust_all or _is_allowed(module, name, trusted)):
-                raise ForbiddenClassError(f"{path} names {module}.{name}: pass --trust {module}.{name} if you trust it")
+                raise ForbiddenClassError(
+                    f"{path} names {module}.{name}: pass --trust {module}.{name} if you trust it"
+                )
             return _resolve(module, name, path)
 
     def load_one(file: Any, **options: Any) -> Any:
@@ -205,6 +231,8 @@ def _resolve(module: str, name: str, path: Path) -> Any:
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
-        raise LoadError(f"{path} needs {module}.{name}, which cannot be imported here: {error}") from error
+        raise LoadError(
+            f"{path} needs {module}.{name}, which cannot be imported here: {error}"
+        ) from error
     resolved: Callable[..., Any] = value
     return resolved

@@ -56,14 +56,17 @@ class CifarResNet(nn.Module):
     @staticmethod
     def _layer(in_planes: int, planes: int, num_blocks: int, *, stride: int) -> nn.Sequential:
         first = BasicBlock(in_planes, planes, stride=stride)
-        return nn.Sequential(first, *(BasicBlock(planes, planes, stride=1) for _ in range(num_blocks - 1)))
+        return nn.Sequential(
+            first, *(BasicBlock(planes, planes, stride=1) for _ in range(num_blocks - 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         out = F.avg_pool2d(out, out.size()[3])
         out = out.view(out.size(0), -1)
-        return self.linear(out)
+        logits: Tensor = self.linear(out)
+        return logits
 
 
 def resnet20() -> CifarResNet:
@@ -87,8 +90,12 @@ def _randomize(model: nn.Module) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 assert module.running_mean is not None
                 assert module.running_var is not None
-                module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator) * 0.2)
-                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+                module.running_mean.copy_(
+                    torch.randn(module.running_mean.shape, generator=generator) * 0.2
+                )
+                module.running_var.copy_(
+                    torch.rand(module.running_var.shape, generator=generator) + 0.5
+                )
     return model.eval()
 
 
@@ -104,7 +111,9 @@ class _Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = _conv(3, 12)
-        self.left = nn.Sequential(_conv(12, 14), nn.Conv2d(14, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+        self.left = nn.Sequential(
+            _conv(12, 14), nn.Conv2d(14, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        )
         self.down = nn.Sequential(nn.Conv2d(12, 20, 1, stride=2, bias=False), nn.BatchNorm2d(20))
         self.right = nn.Sequential(
             _conv(12, 18, stride=2), nn.Conv2d(18, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
@@ -115,7 +124,8 @@ class _Residual(nn.Module):
         x = self.stem(x)
         x = torch.relu(self.left(x) + x)
         x = torch.relu(self.right(x) + self.down(x))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
 
 
 class _Inception(nn.Module):
@@ -131,7 +141,8 @@ class _Inception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = self.mix(torch.cat([self.a(x), self.b(x), self.c(x)], 1))
-        return self.fc(torch.flatten(x, 1))
+        logits: Tensor = self.fc(torch.flatten(x, 1))
+        return logits
 
 
 class _DenseLayer(nn.Module):
@@ -149,14 +160,17 @@ class _Dense(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 9, 3, padding=1)
         self.first = nn.Sequential(_DenseLayer(9, 4), _DenseLayer(13, 6), _DenseLayer(19, 5))
-        self.transition = nn.Sequential(nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 11, 1), nn.AvgPool2d(2))
+        self.transition = nn.Sequential(
+            nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 11, 1), nn.AvgPool2d(2)
+        )
         self.second = nn.Sequential(_DenseLayer(11, 7), _DenseLayer(18, 8))
         self.norm = nn.BatchNorm2d(26)
         self.fc = nn.Linear(26, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.transition(self.first(self.stem(x))))
-        return self.fc(torch.relu(self.norm(x)).mean((2, 3)))
+        logits: Tensor = self.fc(torch.relu(self.norm(x)).mean((2, 3)))
+        return logits
 
 
 class _Inverted(nn.Module):
@@ -166,14 +180,16 @@ class _Inverted(nn.Module):
         self.depthwise = _conv(hidden, hidden, stride=stride, groups=hidden)
         self.squeeze = nn.Conv2d(hidden, 6, 1)
         self.excite = nn.Conv2d(6, hidden, 1)
-        self.project = nn.Sequential(nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.project = nn.Sequential(
+            nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+        )
         self.is_residual = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.depthwise(self.expand(x))
         gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
-        y = self.project(y * gate)
-        return x + y if self.is_residual else y
+        projected: Tensor = self.project(y * gate)
+        return x + projected if self.is_residual else projected
 
 
 class _Mobile(nn.Module):
@@ -181,12 +197,15 @@ class _Mobile(nn.Module):
         super().__init__()
         self.stem = _conv(3, 10, stride=2)
         self.blocks = nn.Sequential(
-            _Inverted(10, 22, 14, stride=1), _Inverted(14, 26, 14, stride=1), _Inverted(14, 30, 17, stride=2)
+            _Inverted(10, 22, 14, stride=1),
+            _Inverted(14, 26, 14, stride=1),
+            _Inverted(14, 30, 17, stride=2),
         )
         self.fc = nn.Linear(17, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.blocks(self.stem(x)).mean([2, 3]))
+        logits: Tensor = self.fc(self.blocks(self.stem(x)).mean([2, 3]))
+        return logits
 
 
 class _EncoderBlock(nn.Module):
@@ -201,7 +220,8 @@ class _EncoderBlock(nn.Module):
         y = self.norm1(x)
         y, _ = self.attention(y, y, y, need_weights=False)
         x = x + y
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class _Transformer(nn.Module):
@@ -218,7 +238,8 @@ class _Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.size(0), -1, -1), x], dim=1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
 
 
 def tiny_residual() -> nn.Module:

@@ -18,7 +18,9 @@ from tests import models
 TOLERANCE = 1e-5
 
 
-def assert_same_function(program: Program, model: nn.Module, *, batches: tuple[int, ...] = (1, 2, 5)) -> None:
+def assert_same_function(
+    program: Program, model: nn.Module, *, batches: tuple[int, ...] = (1, 2, 5)
+) -> None:
     """Assert that program and model agree on random inputs, and that the program uses the model's names."""
     training = [m.training for m in model.modules()]
     model.eval()
@@ -96,7 +98,9 @@ def test_torchvision(name: str) -> None:
 def test_vision_transformer() -> None:
     from torchvision.models import VisionTransformer
 
-    model = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=40)
+    model = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=40
+    )
     nn.init.normal_(model.heads.head.weight)
     program = capture(model)
     assert program.example_inputs[0].shape == (1, 3, 32, 32)
@@ -137,7 +141,8 @@ class _FixedBatch(nn.Module):
         self.fc = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.view(2, 12))
+        y: Tensor = self.fc(x.view(2, 12))
+        return y
 
 
 def test_fixed_batch_is_noticed() -> None:
@@ -153,7 +158,9 @@ class _Hopeless(nn.Module):
 
 
 def test_hopeless_module_names_every_reason() -> None:
-    with pytest.raises(CaptureError, match=r"(?s)_Hopeless cannot be captured.*torch.fx: .*torch.export"):
+    with pytest.raises(
+        CaptureError, match=r"(?s)_Hopeless cannot be captured.*torch.fx: .*torch.export"
+    ):
         capture(_Hopeless(), torch.randn(2, 3))
 
 
@@ -176,7 +183,9 @@ def test_optional_inputs_and_several_inputs() -> None:
             super().__init__()
             self.table = nn.Embedding(11, 4)
 
-        def forward(self, ids: Tensor, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        def forward(
+            self, ids: Tensor, x: Tensor, mask: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
             y = self.table(ids) + x
             return (y, x * 2) if mask is None else (y * mask, x)
 
@@ -190,11 +199,14 @@ def test_shared_modules_stay_shared() -> None:
     model = nn.Sequential(layer, nn.ReLU(), layer)
     program = capture(model, torch.randn(1, 4))
     assert len(list(program.module.parameters())) == 2
+    assert not any(p.is_meta for p in model.parameters())
     assert_same_function(program, model)
 
 
 def test_wrong_shape_names_the_module() -> None:
-    with pytest.raises(InputError, match=r"(?s)1x4x16x16: module stem.0 \(Conv2d\) failed on 1x4x16x16.*--input"):
+    with pytest.raises(
+        InputError, match=r"(?s)1x4x16x16: module stem.0 \(Conv2d\) failed on 1x4x16x16.*--input"
+    ):
         capture(models.tiny_residual(), torch.randn(1, 4, 16, 16))
 
 
@@ -210,7 +222,9 @@ def test_wrong_number_of_inputs(inputs: tuple[Tensor, ...]) -> None:
 
 
 def test_missing_inputs() -> None:
-    with pytest.raises(InputError, match="Linear does not state the shape of its input: give one with --input"):
+    with pytest.raises(
+        InputError, match="Linear does not state the shape of its input: give one with --input"
+    ):
         capture(nn.Linear(3, 2))
 
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from graphprune import registry
 from graphprune.check import Check
-from graphprune.errors import ExportError, PassError, TargetError, UsageError
+from graphprune.errors import ExportError, PassError, TargetError
 from graphprune.outcome import Kept, Removed
 from graphprune.pipeline import (
     Artifacts,
@@ -26,7 +26,6 @@ from graphprune.pipeline import (
     Pipeline,
     SurgeryResult,
     TrainingResult,
-    pick_device,
 )
 from graphprune.program import Program
 from tests.third_party.install import install_count_nodes
@@ -308,14 +307,3 @@ def test_pipelines_compare_and_print_by_their_passes() -> None:
     assert pipeline == Pipeline([Find(text="a b"), Double(times=2)])
     assert pipeline != Pipeline([Find()])
     assert len({pipeline, Pipeline([Find(text="a b"), Double(times=2)])}) == 1
-
-
-@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99", "xpu:0"])
-def test_a_device_that_is_not_there_is_a_usage_error(device: str) -> None:
-    with pytest.raises(UsageError, match="device"):
-        pick_device(device)
-
-
-def test_device_auto_takes_the_gpu_if_there_is_one() -> None:
-    assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert pick_device("cpu") == "cpu"

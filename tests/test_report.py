@@ -106,7 +106,9 @@ def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
 
 
 def test_text_of_a_report() -> None:
-    assert_expected_inline(render_text(REPORT), """\
+    assert_expected_inline(
+        render_text(REPORT),
+        """\
 tests.models:small: magnitude, macs=0.5
 
                          before          after    change
@@ -130,7 +132,8 @@ check onnx: FELL SHORT (largest error 0.5, tolerance 0.0001, CPUExecutionProvide
 
 kept fc.weight[0] (10 channels) and 1 more: output of the graph
 kept odd: a <strange> operator
-""")
+""",
+    )
 
 
 def test_failed_checks_are_told_in_one_line_each() -> None:

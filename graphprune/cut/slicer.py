@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from graphprune.cut.attributes import update_attributes
 from graphprune.cut.literals import LiteralChange, rewrite_literals
 from graphprune.cut.shapes import Shapes
 from graphprune.groups import DependencyGroups
+from graphprune.lowering.copies import copy_structure
 from graphprune.program import Program
 
 __all__ = ["Cut", "cut_program", "slice_tensor"]
@@ -97,7 +99,15 @@ def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dic
 
 
 def _copy_with(module: fx.GraphModule, tensors: dict[int, Tensor]) -> fx.GraphModule:
-    """Return a deep copy of `module` that holds the given tensors in place of its own."""
-    memo: dict[int, Any] = dict(tensors)
-    result: fx.GraphModule = copy.deepcopy(module, memo)
-    return result
+    """Return a copy of graph and modules that holds the given tensors in place of its own."""
+    tree = copy_structure(module)
+    for clone in tree.modules():
+        registries: tuple[dict[str, Any], ...] = (clone._parameters, clone._buffers, clone.__dict__)
+        for registry in registries:
+            for name, value in registry.items():
+                if isinstance(value, Tensor):
+                    registry[name] = tensors[id(value)]
+    used = [n for n in module.graph.nodes if n.op in ("call_module", "get_attr")]
+    root = {str(n.target): operator.attrgetter(str(n.target))(tree) for n in used}
+    result = fx.GraphModule(root, copy.deepcopy(module.graph), class_name=type(module).__name__)
+    return result.eval()

@@ -61,7 +61,7 @@ def attention_forward(
     heads, head_dim = attention.num_heads, attention.head_dim
     batch, target = query.size(0), query.size(1)
     source = target if is_self else key.size(1)
-    q, k, v = _project(attention, query, key, value, is_self=is_self, shares_source=shares_source)
+    q, k, v = _project(attention, query, key, value, is_self=is_self)
     q = q.view(batch, target, heads, head_dim).transpose(1, 2)
     k = k.view(batch, source, heads, head_dim).transpose(1, 2)
     v = v.view(batch, source, heads, head_dim).transpose(1, 2)
@@ -82,7 +82,7 @@ def attention_forward(
 
 
 def _project(
-    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *, is_self: bool, shares_source: bool
+    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *, is_self: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the projected query, key and value, by as few linears as their sharing allows."""
     embed, bias = attention.embed_dim, attention.in_proj_bias
@@ -100,7 +100,6 @@ def _project(
     else:
         q_bias, k_bias, v_bias = bias.split(sizes, dim=0)
         biases = (q_bias, k_bias, v_bias)
-    del shares_source
     return (
         F.linear(query, weights[0], biases[0]),
         F.linear(key, weights[1], biases[1]),
@@ -131,7 +130,9 @@ def _merge_masks(
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(mask, fx.Proxy):
-        raise fx.proxy.TraceError(f"attention mask {mask.node.name} is a graph value: its dtype and rank are not known")
+        raise fx.proxy.TraceError(
+            f"attention mask {mask.node.name} is a graph value: its dtype and rank are not known"
+        )
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
     return mask.to(dtype)
@@ -148,7 +149,10 @@ def encoder_forward(
     output = src
     for layer in encoder.layers:
         output = layer(
-            output, src_mask=mask, is_causal=bool(is_causal), src_key_padding_mask=src_key_padding_mask
+            output,
+            src_mask=mask,
+            is_causal=bool(is_causal),
+            src_key_padding_mask=src_key_padding_mask,
         )
     return output if encoder.norm is None else encoder.norm(output)
 
@@ -188,9 +192,9 @@ def lowered_attention() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         for kind in LOWERINGS:
-            kind.forward = patched(kind)  # type: ignore[method-assign]
+            kind.forward = patched(kind)
         yield
     finally:
         for kind, original in originals.items():
-            kind.forward = original  # type: ignore[method-assign]
+            kind.forward = original
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -24,7 +24,12 @@ _CHECKS = (
     "aten._foobar",
     "profiler.",
 )
-_PASS_THROUGH = {"aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.alias.default", "aten.detach.default"}
+_PASS_THROUGH = {
+    "aten.lift_fresh_copy.default",
+    "aten.lift_fresh.default",
+    "aten.alias.default",
+    "aten.detach.default",
+}
 _KEPT_META = ("nn_module_stack",)
 
 
@@ -58,15 +63,26 @@ def _takes_varargs(model: nn.Module) -> bool:
 def has_dynamic_batch(program: ExportedProgram) -> bool:
     """Say whether dim 0 of every tensor input of `program` is symbolic."""
     names = set(program.graph_signature.user_inputs)
-    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+    values = [
+        n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names
+    ]
     tensors = [v for v in values if isinstance(v, Tensor)]
-    return bool(tensors) and all(t.dim() > 0 and isinstance(t.shape[0], torch.SymInt) for t in tensors)
+    return bool(tensors) and all(
+        t.dim() > 0 and isinstance(t.shape[0], torch.SymInt) for t in tensors
+    )
 
 
-def flatten_program(program: ExportedProgram, *, class_name: str) -> fx.GraphModule:
+def flatten_program(
+    program: ExportedProgram, *, class_name: str, prefix: str = ""
+) -> fx.GraphModule:
     """Return `program` as a GraphModule with positional inputs, no guards, no assertions and the model's own names.
 
     Parameters and buffers are those of `program`, not copies.
+
+    Args:
+        program: What `torch.export` made.
+        class_name: The name of the GraphModule's class.
+        prefix: What to take off the front of parameter names, for a model that was wrapped to be exported.
     """
     source = program.module(check_guards=False)
     graph = fx.Graph()
@@ -86,10 +102,13 @@ def flatten_program(program: ExportedProgram, *, class_name: str) -> fx.GraphMod
             copied.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
             values[node] = copied
             if node.op in ("get_attr", "call_module"):
-                root[str(node.target)] = _attribute(source, str(node.target))
+                copied.target = str(node.target).removeprefix(prefix)
+                root[copied.target] = _attribute(source, str(node.target))
     erase_dead(graph, source)
     used = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
-    module = fx.GraphModule({k: v for k, v in root.items() if k in used}, graph, class_name=class_name)
+    module = fx.GraphModule(
+        {k: v for k, v in root.items() if k in used}, graph, class_name=class_name
+    )
     module.eval()
     return module
 
@@ -111,5 +130,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else tuple(map(_plain, value))
+        return (
+            type(value)(_plain(v) for v in value)
+            if type(value) in (list, tuple)
+            else tuple(map(_plain, value))
+        )
     return value

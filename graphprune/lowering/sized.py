@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute, Proxy, TraceError
 
-from graphprune.lowering.symbolic import ShapesOnly, SymbolicTracer, copy_structure, run_tracer
+from graphprune.lowering.copies import meta_copy, meta_tensor
+from graphprune.lowering.symbolic import ShapesOnly, SymbolicTracer, run_tracer
 
 __all__ = ["may_vary", "resize", "trace"]
 
@@ -59,7 +60,9 @@ def resize(tensor: Tensor, batch: int) -> Tensor:
 def _unwrapped_functions() -> Iterator[None]:
     """Within the context, the tracer does not stop at Python functions that `torch.fx.wrap` was told of."""
     registry = _symbolic_trace._wrapped_fns_to_patch
-    hidden = {key: scope for key, scope in registry.items() if hasattr(scope.get(key[1]), "__code__")}
+    hidden = {
+        key: scope for key, scope in registry.items() if hasattr(scope.get(key[1]), "__code__")
+    }
     for key in hidden:
         del registry[key]
     try:
@@ -93,11 +96,13 @@ class _SizedProxy(Proxy):
             raise TraceError(f"len({self.node.name}) depends on the batch size")
         return sizes[0]
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))  # type: ignore[index]
 
     def __bool__(self) -> bool:
-        raise TraceError(f"the model branches on {self.node.name}, a value that it computes from its inputs")
+        raise TraceError(
+            f"the model branches on {self.node.name}, a value that it computes from its inputs"
+        )
 
 
 class _SizedTracer(SymbolicTracer):
@@ -116,14 +121,26 @@ class _SizedTracer(SymbolicTracer):
         return _SizedProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self.is_running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return (
+            attr_val if self.is_running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        )
 
     def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        return forward(*args, **kwargs) if self.is_running else super().call_module(m, forward, args, kwargs)
+        return (
+            forward(*args, **kwargs)
+            if self.is_running
+            else super().call_module(m, forward, args, kwargs)
+        )
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any
+    ) -> Any:
         if kind == "call_method" and target in _FACTORIES and not _has_proxy((args[1:], kwargs)):
             like = torch.empty(0, dtype=args[0].dtype, device=self.reference.device)
             return getattr(like, target)(*args[1:], **kwargs)
@@ -133,7 +150,10 @@ class _SizedTracer(SymbolicTracer):
     def _known(self, proxy: Any, first: Any, second: Any) -> Any:
         """Return the Python value of a node where it is one at every batch size, else something made of proxies."""
         if isinstance(first, (tuple, list)) and len(first) == len(second):
-            items = [self._item(proxy, i, a, b) for i, (a, b) in enumerate(zip(first, second, strict=True))]
+            items = [
+                self._item(proxy, i, a, b)
+                for i, (a, b) in enumerate(zip(first, second, strict=True))
+            ]
             return items if isinstance(first, list) else tuple(items)
         if isinstance(first, _SCALARS):
             if type(first) is type(second) and first == second:
@@ -147,7 +167,9 @@ class _SizedTracer(SymbolicTracer):
             return first
         return self.create_proxy("call_function", operator.getitem, (proxy, index), {})
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any
+    ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         # The tracer's hooks on module calls and attributes must not record what is run here.
         was_running, self.is_running = self.is_running, True
@@ -156,7 +178,7 @@ class _SizedTracer(SymbolicTracer):
                 self.values[node] = self.pending.pop(0)
             elif kind == "get_attr":
                 value = operator.attrgetter(target)(self.root)
-                meta = self._meta(value) if isinstance(value, Tensor) else value
+                meta = meta_tensor(value, self.metas) if isinstance(value, Tensor) else value
                 self.values[node] = (meta, meta)
             elif kind != "output":
                 self.values[node] = (self._run(node, 0), self._run(node, 1))
@@ -175,21 +197,10 @@ class _SizedTracer(SymbolicTracer):
             assert callable(node.target)
             return node.target(*args, **kwargs)
 
-    def _meta(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.metas:
-            self.metas[id(tensor)] = torch.empty_like(tensor, device="meta")
-        return self.metas[id(tensor)]
-
     def _meta_module(self, target: str) -> nn.Module:
         module = self.root.get_submodule(target)
-        copies: dict[int, nn.Module] = {}
         if id(module) not in self.modules:
-            self.modules[id(module)] = copy_structure(module, copies)
-            for clone in copies.values():
-                for registry in (clone._parameters, clone._buffers):
-                    for name, tensor in registry.items():
-                        if tensor is not None:
-                            registry[name] = self._meta(tensor)  # type: ignore[assignment]
+            self.modules[id(module)] = meta_copy(module, self.metas)
         return self.modules[id(module)]
 
 
@@ -200,5 +211,7 @@ def _pair(tensor: Tensor, batches: tuple[int, int] | None) -> tuple[Tensor, Tens
 
 def _has_proxy(value: Any) -> bool:
     found: list[Proxy] = []
-    fx.node.map_aggregate(value, lambda leaf: found.append(leaf) if isinstance(leaf, Proxy) else None)
+    fx.node.map_aggregate(
+        value, lambda leaf: found.append(leaf) if isinstance(leaf, Proxy) else None
+    )
     return bool(found)

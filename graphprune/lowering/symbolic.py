@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import inspect
 import operator
 from collections.abc import Callable
@@ -14,12 +13,12 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from graphprune.lowering.attention import LOWERINGS, can_lower
+from graphprune.lowering.copies import copy_structure
 
 __all__ = [
     "OpaqueFunctionError",
     "ShapesOnly",
     "SymbolicTracer",
-    "copy_structure",
     "erase_dead",
     "run_tracer",
     "tensors_of",
@@ -32,7 +31,7 @@ _COMPOSITE = {"torch.nn.functional.multi_head_attention_forward"}
 
 
 class OpaqueFunctionError(RuntimeError):
-    """A traced graph calls a Python function that may hide sizes."""
+    """A traced graph calls a Python function or a TorchScript module, which may hide sizes."""
 
 
 class SymbolicTracer(fx.Tracer):
@@ -43,13 +42,19 @@ class SymbolicTracer(fx.Tracer):
         self.num_inputs = num_inputs
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Say whether the graph calls `m` instead of showing what it does."""
         if can_lower(m) or type(m) in _THROUGH:
             return False
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
+        """Trace through the lowered form of a module that has one."""
         if can_lower(m):
             lowered = LOWERINGS[type(m)]
             return super().call_module(m, lambda *a, **k: lowered(m, *a, **k), args, kwargs)
@@ -66,7 +71,9 @@ class SymbolicTracer(fx.Tracer):
                 names.append(parameter.name)
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 names += [f"{parameter.name}_{i}" for i in range(self.num_inputs - len(names))]
-        inputs = [self.create_proxy("placeholder", name, (), {}) for name in names[: self.num_inputs]]
+        inputs = [
+            self.create_proxy("placeholder", name, (), {}) for name in names[: self.num_inputs]
+        ]
         return root_fn, [self.root, *inputs]
 
 
@@ -84,60 +91,34 @@ def trace(model: nn.Module, *, num_inputs: int) -> fx.GraphModule:
 
 
 def run_tracer(tracer: SymbolicTracer, model: nn.Module) -> fx.GraphModule:
-    """Trace `model` with `tracer`, clean the graph, and leave no mark on `model`."""
-    before = set(model.__dict__)
+    """Trace `model` with `tracer` and clean the graph; `model` is copied first, so that no trace of it stays there."""
+    # Models cache values and the tracer stores constants: both would leave symbolic values on the caller's module.
+    model = copy_structure(model)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         graph = tracer.trace(model)
-        _clean(graph, model)
-        return _assemble(graph, model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for name in set(model.__dict__) - before:  # the tracer keeps constants on the module it traces
-            del model.__dict__[name]
-
-
-def _assemble(graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
-    """Return a GraphModule with the model's tensors and copies of the modules that the graph calls."""
-    root: dict[str, Any] = {}
-    copies: dict[int, nn.Module] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            root[str(node.target)] = copy_structure(model.get_submodule(str(node.target)), copies)
-        elif node.op == "get_attr":
-            root[str(node.target)] = operator.attrgetter(str(node.target))(model)
+    _clean(graph, model)
+    used = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    root = {str(node.target): _attribute(model, node) for node in used}
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     module.eval()
     return module
 
 
-def copy_structure(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
-    """Return a copy of the module tree with the same tensors; `copies` keeps shared modules shared."""
-    if id(module) in copies:
-        return copies[id(module)]
-    clone = module.__class__.__new__(module.__class__)
-    copies[id(module)] = clone
-    for name, value in module.__dict__.items():
-        # Registries (parameters, buffers, hooks) are per module; everything else may be shared.
-        clone.__dict__[name] = value.copy() if isinstance(value, (dict, set, list)) and value else _fresh(value)
-    for name, child in module._modules.items():
-        if child is not None:
-            clone._modules[name] = copy_structure(child, copies)
-    return clone
-
-
-def _fresh(value: Any) -> Any:
-    """Return a new container of the kind of an empty one (most hook registries are), and any other value itself."""
-    return type(value)() if isinstance(value, (dict, set, list)) and type(value) in _CONTAINERS else value
-
-
-_CONTAINERS = (dict, set, list, collections.OrderedDict)
+def _attribute(root: nn.Module, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(root)
 
 
 def _clean(graph: fx.Graph, root: nn.Module) -> None:
     """Remove what means nothing in evaluation mode; refuse what hides sizes."""
     for node in list(graph.nodes):
+        if node.op == "get_attr" and not isinstance(_attribute(root, node), Tensor):
+            raise OpaqueFunctionError(
+                f"node {node.name} hands on {node.target}, which is not a tensor"
+            )
         if node.op != "call_function":
             continue
         owner = getattr(node.target, "__module__", None) or "torch"
@@ -145,7 +126,10 @@ def _clean(graph: fx.Graph, root: nn.Module) -> None:
         if name == "torchvision.ops.stochastic_depth.stochastic_depth":
             node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
             graph.erase_node(node)
-        elif name == "torchvision.utils._log_api_usage_once" or node.target in (torch._assert, torch._check):
+        elif name == "torchvision.utils._log_api_usage_once" or node.target in (
+            torch._assert,
+            torch._check,
+        ):
             graph.erase_node(node)
         elif owner.split(".")[0] not in _TRANSPARENT or name in _COMPOSITE:
             raise OpaqueFunctionError(f"node {node.name} calls the Python function {name}")
@@ -173,25 +157,40 @@ def _is_impure(node: fx.Node, root: nn.Module) -> bool:
             return bool(node.target._schema.is_mutable)
         name = getattr(node.target, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
-        writes = node.target is operator.setitem or name in _IN_PLACE_OPERATORS or "out" in node.kwargs
-        return in_place or writes or bool(node.kwargs.get("inplace", False)) or True in _inplace_args(node)
+        writes = (
+            node.target is operator.setitem or name in _IN_PLACE_OPERATORS or "out" in node.kwargs
+        )
+        return (
+            in_place
+            or writes
+            or bool(node.kwargs.get("inplace", False))
+            or True in _inplace_args(node)
+        )
     return False
 
 
-_IN_PLACE_OPERATORS = frozenset(n for n in dir(operator) if n.startswith("i") and hasattr(operator, f"__{n}__"))
+_IN_PLACE_OPERATORS = frozenset(
+    n for n in dir(operator) if n.startswith("i") and hasattr(operator, f"__{n}__")
+)
 
 
 def _inplace_args(node: fx.Node) -> tuple[Any, ...]:
     """Return the positional arguments of functional activations, where `inplace` may be given by position."""
     owner = getattr(node.target, "__module__", None)
-    return tuple(a for a in node.args if isinstance(a, bool)) if owner == "torch.nn.functional" else ()
+    return (
+        tuple(a for a in node.args if isinstance(a, bool)) if owner == "torch.nn.functional" else ()
+    )
 
 
 class ShapesOnly(TorchFunctionMode):
     """Answers the shape of common operations at once; their meta kernels cost more than all others together."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Return a tensor of the right shape where a rule knows it, and the operation's own result elsewhere."""
         rule = _SHAPE_RULES.get(func)
@@ -223,10 +222,14 @@ def _linear(x: Tensor, weight: Tensor | None = None, *_: Any) -> Tensor | None:
 
 _SHAPE_RULES: dict[Any, Callable[..., Tensor | None]] = {
     F.batch_norm: _same_normalised,
-    **dict.fromkeys((F.layer_norm, F.group_norm, F.gelu, F.silu, F.hardswish, F.dropout, F.softmax), _same),
+    **dict.fromkeys(
+        (F.layer_norm, F.group_norm, F.gelu, F.silu, F.hardswish, F.dropout, F.softmax), _same
+    ),
     **dict.fromkeys((torch.add, torch.mul, torch.sub, torch.div), _elementwise),
     **dict.fromkeys((Tensor.add, Tensor.mul, Tensor.sub, Tensor.div), _elementwise),
-    **dict.fromkeys((Tensor.__add__, Tensor.__mul__, Tensor.__sub__, Tensor.__truediv__), _elementwise),
+    **dict.fromkeys(
+        (Tensor.__add__, Tensor.__mul__, Tensor.__sub__, Tensor.__truediv__), _elementwise
+    ),
     F.linear: _linear,
 }
 

@@ -72,6 +72,12 @@ def copy(trace: Trace, call: Call) -> Any:
     return trace.relabel(target, met(trace, [target, source], target.dim()))
 
 
+@rule("zero_", "fill_", "normal_", "uniform_", "bernoulli_")
+def overwrite(trace: Trace, call: Call) -> Any:
+    """Write values that belong to no channel over a tensor, which keeps its labels."""
+    return call.args[0] if trace.is_meta(call.args[0]) else trace.run(call)
+
+
 @rule("prelu", "_prelu_kernel")
 def prelu(trace: Trace, call: Call) -> Any:
     """Leaky ReLU whose slope belongs to the channel (dim 1), or to all channels at once."""

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune import onnx_export
+from graphprune.errors import ExportError
+from graphprune.onnx_export import export_onnx
+from graphprune.program import Program
+from graphprune.runtime import open_session, parity
+from tests.models import tiny_residual
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, out: Tensor, other: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        y = self.linear(out)
+        return {"out": y, "pair": (y + other, y * other), "2nd": y - other}
+
+
+def _program(module: nn.Module, *shapes: tuple[int, ...]) -> Program:
+    return Program(
+        module=fx.symbolic_trace(module.eval()),
+        example_inputs=tuple(torch.randn(shape) for shape in shapes),
+        dialect="fx",
+        dynamic_batch=True,
+        source="test",
+    )
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    return _program(tiny_residual(), (1, 3, 16, 16))
+
+
+def test_the_file_is_right_and_says_what_it_is(
+    program: Program, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    written = export_onnx(program, tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert written.files == (tmp_path / "model.onnx",)
+    assert written.num_bytes == written.path.stat().st_size
+    assert written.outputs == ("output",)
+    model = onnx.load(written.path)
+    assert written.opset == model.opset_import[0].version >= 18
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+    assert (
+        batch.dim_param == model.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    )
+    assert parity(program, open_session(written.path, "cpu")).passed
+
+
+def test_equal_programs_give_equal_bytes_without_paths(program: Program, tmp_path: Path) -> None:
+    first = export_onnx(program, tmp_path / "a.onnx").path.read_bytes()
+    assert export_onnx(program.clone(), tmp_path / "b.onnx").path.read_bytes() == first
+    for path in (str(_ROOT), sys.prefix, "site-packages", ".py"):
+        assert path.encode() not in first
+
+
+_SCRIPT = """
+import sys, torch
+from torch import fx
+from graphprune.onnx_export import export_onnx
+from graphprune.program import Program
+from tests.models import tiny_residual
+torch.manual_seed(0)
+program = Program(module=fx.symbolic_trace(tiny_residual()), example_inputs=(torch.randn(1, 3, 16, 16),),
+                  dialect="fx", dynamic_batch=True, source="test")
+export_onnx(program, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-c", _SCRIPT, str(tmp_path / f"{seed}.onnx")],
+            check=True,
+            cwd=_ROOT,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
+        )
+    assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "2.onnx").read_bytes()
+
+
+def test_outputs_take_the_names_of_their_places(tmp_path: Path) -> None:
+    program = _program(_Named(), (2, 4), (2, 4))
+    written = export_onnx(program, tmp_path / "named.onnx")
+    assert written.inputs == ("out", "other")
+    assert written.outputs == ("output_out", "pair_0", "pair_1", "output_2nd")
+    assert parity(program, open_session(written.path, "cpu")).passed
+
+
+def test_another_opset(program: Program, tmp_path: Path) -> None:
+    assert export_onnx(program, tmp_path / "model.onnx", opset=18).opset == 18
+
+
+def test_a_large_model_gets_a_file_of_weights(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "MAX_SINGLE_FILE_BYTES", 100)
+    written = export_onnx(program, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert written.weights == tmp_path / "model.onnx.data"
+    assert written.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert parity(program, open_session(written.path, "cpu")).passed
+    monkeypatch.undo()
+    export_onnx(program, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_refusal_leaves_no_file(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise onnx.checker.ValidationError("\nno such thing\nmore")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(ExportError, match=r"onnx's checker refused model.onnx: no such thing$"):
+        export_onnx(program, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exporter_that_refuses_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("cannot do that\nlong story")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    program = _program(nn.ReLU(), (2, 4))
+    with pytest.raises(
+        ExportError, match=r"ONNX exporter refused test \(opset default\): cannot do that$"
+    ):
+        export_onnx(program, tmp_path / "model.onnx")
