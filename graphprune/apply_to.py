@@ -1,8 +1,9 @@
 """Put a cut back into the user's own class: the same module, smaller, where its attributes can hold the cut.
 
-Parameters and buffers take the cut program's values, and modules take the sizes that the cut wrote into their counterparts.
-What the user's ``forward`` says in literal numbers (a ``view`` with sizes, split attention heads) no attribute can change;
-so the result is run beside the cut program, and an error says which literals stood in the way.
+Parameters and buffers take the cut program's values, and modules take the sizes that the cut wrote into their
+counterparts. What the user's ``forward`` says in literal numbers (a ``view`` with sizes, split attention heads)
+no attribute can change; so the result is run beside the cut program, and an error says which literals stood in
+the way.
 """
 
 from __future__ import annotations

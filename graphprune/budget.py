@@ -6,9 +6,11 @@ where the target allows it. The best unit of every tensor dimension is protected
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,8 +66,9 @@ def parse_target(text: str) -> Target:
         key, equals, raw = (p.strip() for p in part.partition("="))
         if not equals or key not in ("macs", "params", "ratio"):
             raise TargetError(
-                f"target {text!r}: {part.strip()!r} is not understood. Expected macs=, params= (a fraction such as 0.5, "
-                "or an amount such as 1.2G) or ratio= (a fraction), several with commas."
+                f"target {text!r}: {part.strip()!r} is not understood. Expected macs=, params= "
+                "(a fraction such as 0.5, or an amount such as 1.2G) or ratio= (a fraction), "
+                "several with commas."
             )
         if key in values:
             raise TargetError(f"target {text!r} gives {key}= twice")
@@ -103,7 +106,7 @@ def choose(
     target: Target,
     *,
     granularity: Sequence[Granularity] = ("channels",),
-    round_to: int = 1,
+    round_to: int | Literal["auto"] = 1,
     scope: Scope = "global",
     max_ratio: float = 1.0,
 ) -> Choice:
@@ -115,8 +118,11 @@ def choose(
         target: What must be reached.
         granularity: What may go.
         round_to: Kept channels of every group are a multiple of this, where the dense count allows it.
-        scope: Compare scores over the whole network (each group scaled to mean 1), or by rank within each group, so
-            that all groups shrink alike.
+        ``auto``: of 8, or
+            of a quarter of a small group, or of less where the target would be missed by more than 1 % otherwise.
+        scope: ``global`` takes the units with the least importance for what they save (MACs, parameters, or both, as
+            the target limits them): the greedy solution of the knapsack that a budget is. ``uniform`` ranks within each
+            group, so that all groups shrink alike.
         max_ratio: At most this fraction of a group's channels goes.
 
     Returns:
@@ -126,14 +132,58 @@ def choose(
         TargetError: No choice reaches the target; the message says what can be reached.
     """
     if not np.isfinite(scores).all():
-        raise TargetError("the importance scores hold NaN or infinite values; check the weights and the data")
+        raise TargetError(
+            "the importance scores hold NaN or infinite values; check the weights and the data"
+        )
     units = find_units(groups, scores, granularity=granularity)
-    bundles = _bundles(groups, units, _free(groups, units, max_ratio), round_to)
-    if target.ratio is not None:
-        removed = _by_ratio(units, bundles, target.ratio)
-    else:
-        removed = _by_limits(groups, units, _ordered(units, bundles, scope), target)
-    keep = groups.close(units.without(removed, groups.num_channels))
+    free = _free(groups, units, max_ratio)
+    if round_to != "auto":
+        return _choose(groups, units, free, target, scope, lambda size: round_to)
+    for limit in AUTO_STEPS:
+        step_of = functools.partial(_quarter, limit=limit)
+        choice = _choose(groups, units, free, target, scope, step_of)
+        if limit == 1 or _is_near(choice.cost, target, groups.cost.total()):
+            break
+    return choice
+
+
+AUTO_STEPS = (8, 4, 2, 1)
+"""Multiples that ``round_to="auto"`` tries: runtimes compute eight channels at a time, and lose time on fractions."""
+
+
+def _quarter(size: int, *, limit: int) -> int:
+    """Return the largest power of two that is at most `limit` and a quarter of `size`, at least 1."""
+    return min(limit, 1 << max(0, (size // 4).bit_length() - 1))
+
+
+def _is_near(cost: Cost, target: Target, dense: Cost) -> bool:
+    """Whether a choice lands within 1 % of the limits, or has none to land at."""
+    room = _room(cost, target.limits(dense), dense)
+    limits = [v for v in (target.macs, target.params) if v is not None]
+    return not limits or room <= 0.01 * min(1.0, *limits)
+
+
+def _choose(
+    groups: DependencyGroups,
+    units: Units,
+    free: Flags,
+    target: Target,
+    scope: Scope,
+    step_of: Callable[[int], int],
+) -> Choice:
+    """Choose with units bundled by ``step_of(size of their group)``."""
+    bundles = _bundles(groups, units, free, step_of)
+    while True:
+        if target.ratio is not None:
+            removed = _by_ratio(units, bundles, target.ratio)
+        else:
+            removed = _by_limits(
+                groups, units, _ordered(groups, units, bundles, target, scope), target
+            )
+        keep = groups.close(units.without(removed, groups.num_channels))
+        if not (broken := groups.broken(keep)):
+            break
+        bundles = _without_conflicts(groups, units, bundles, broken)
     heads = int(removed[units.is_head].sum())
     return Choice(keep, groups.cost.total(keep), heads)
 
@@ -168,11 +218,11 @@ def _by_group(units: Units, chosen: Atoms) -> list[Atoms]:
     return [part for part in np.split(chosen[order], ends) if len(part)]
 
 
-def _bundles(groups: DependencyGroups, units: Units, free: Flags, round_to: int) -> Bundles:
-    """Bundle units of a group, worst first, so that what is left is a multiple of `round_to`."""
+def _bundles(
+    groups: DependencyGroups, units: Units, free: Flags, step_of: Callable[[int], int]
+) -> Bundles:
+    """Bundle units of a group, worst first, so that what is left is a multiple of the group's step."""
     chosen = np.flatnonzero(free)
-    if round_to <= 1:
-        return list(chosen[:, None])
     totals = np.bincount(units.group[~units.is_head], minlength=len(groups))
     bundles: Bundles = []
     for inside in _by_group(units, chosen):
@@ -182,23 +232,54 @@ def _bundles(groups: DependencyGroups, units: Units, free: Flags, round_to: int)
             continue
         group = int(units.group[ranked[0]])
         width = max(1, int(np.isin(units.members(int(ranked[0])), groups[group].channels).sum()))
-        step = round_to // math.gcd(round_to, width)
+        wanted = step_of(int(totals[group]) * width)
+        step = wanted // math.gcd(wanted, width)
         first = int(totals[group]) % step or step
         cuts = [0, *range(first, len(ranked) + 1, step)]
-        bundles += [ranked[a:b] for a, b in itertools.pairwise(cuts)]
+        bundles += (
+            list(ranked[:, None])
+            if step == 1
+            else [ranked[a:b] for a, b in itertools.pairwise(cuts)]
+        )
     return bundles
 
 
-def _ordered(units: Units, bundles: Bundles, scope: Scope) -> Bundles:
+def _ordered(
+    groups: DependencyGroups, units: Units, bundles: Bundles, target: Target, scope: Scope
+) -> Bundles:
     """Return the bundles in the order in which they go."""
-    key = np.empty(len(units))
-    for inside in _by_group(units, np.arange(len(units))):
-        scores = units.score[inside]
-        if scope == "uniform":
+    if scope == "uniform":
+        key = np.empty(len(units))
+        for inside in _by_group(units, np.arange(len(units))):
+            scores = units.score[inside]
             key[inside] = np.searchsorted(np.sort(scores), scores) / len(inside)
-        else:
-            key[inside] = scores / max(float(scores.mean()), 1e-30)
-    return [bundles[i] for i in np.argsort(_means(key, bundles), kind="stable")]
+        keys = _means(key, bundles)
+    else:
+        keys = _sums(_total_scores(units), bundles) / _sums(
+            _savings(groups, units, target), bundles
+        )
+    return [bundles[i] for i in np.argsort(keys, kind="stable")]
+
+
+def _total_scores(units: Units) -> NDArray[np.float64]:
+    """Return the importance that goes with each unit: scores are means over its channels."""
+    return units.score * np.diff(units.starts)
+
+
+def _savings(groups: DependencyGroups, units: Units, target: Target) -> NDArray[np.float64]:
+    """Return the fraction of the limited resources that each unit saves; never zero."""
+    params, macs = groups.cost.saved()
+    per_channel = np.zeros(groups.num_channels)
+    if target.params is not None:
+        per_channel += params / max(1, groups.cost.params)
+    if target.macs is not None:
+        per_channel += macs / max(1, groups.cost.macs)
+    saved = np.bincount(units.owner, weights=per_channel[units.channels], minlength=len(units))
+    return np.asarray(np.maximum(saved, 1e-15))
+
+
+def _sums(values: NDArray[np.float64], bundles: Bundles) -> NDArray[np.float64]:
+    return np.asarray(_means(values, bundles) * np.array([len(b) for b in bundles]))
 
 
 def _means(values: NDArray[np.float64], bundles: Bundles) -> NDArray[np.float64]:
@@ -222,6 +303,32 @@ def _by_ratio(units: Units, bundles: Bundles, ratio: float) -> Flags:
             room[kind] -= len(bundles[i])
             removed[bundles[i]] = True
     return removed
+
+
+def _without_conflicts(
+    groups: DependencyGroups, units: Units, bundles: Bundles, broken: Sequence[Atoms]
+) -> Bundles:
+    """Give up bundles that together leave the rows of a nest unequal, or a tensor empty.
+
+    A unit takes equally from every row of a nest, or whole rows of it. Two units that do so alone may fall
+    short together where they overlap, and a unit that takes whole rows of one nest may take unequally from
+    another. A unit can also take more than itself, blocks and their members. Units that take whole rows give
+    way.
+    """
+    rows, involved = (np.zeros(groups.num_channels, np.bool_) for _ in range(2))
+    rows[groups.blocks.rows] = True
+    for channels in broken:
+        involved[channels] = True
+    touching, whole = set(), set()
+    for index, bundle in enumerate(bundles):
+        removed = np.zeros(len(units), np.bool_)
+        removed[bundle] = True
+        gone = ~groups.close(units.without(removed, groups.num_channels))
+        if gone[involved].any():
+            touching.add(index)
+            if gone[rows].any():
+                whole.add(index)
+    return [b for index, b in enumerate(bundles) if index not in (whole or touching)]
 
 
 def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: Target) -> Flags:
@@ -255,10 +362,12 @@ def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: T
 
 
 def _room(cost: Cost, limits: Cost, dense: Cost) -> float:
-    """Return how far below the limits a cost is, as a fraction of the dense program: the smaller of the two distances."""
+    """Return how far below the nearest limit a cost is, as a fraction of the dense program."""
     return min(
         (limits.macs - cost.macs) / max(1, dense.macs) if limits.macs < dense.macs else math.inf,
-        (limits.params - cost.params) / max(1, dense.params) if limits.params < dense.params else math.inf,
+        (limits.params - cost.params) / max(1, dense.params)
+        if limits.params < dense.params
+        else math.inf,
     )
 
 
@@ -275,5 +384,3 @@ def _unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: C
         f"{pinned} of {sum(map(len, groups))} coupled channels are pinned (graphprune inspect says why). "
         "Give a target that is at least that."
     )
-
-

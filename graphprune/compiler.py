@@ -42,6 +42,7 @@ __all__ = [
 
 DEFAULT_TARGET = "macs=0.5"
 DEFAULT_METHOD = "magnitude"
+DEFAULT_ROUND_TO = "auto"
 DEFAULT_GRANULARITY = "channels"
 
 EVALUATION_BATCH = 256
@@ -89,7 +90,7 @@ def default_pipeline(
     target: str = DEFAULT_TARGET,
     method: str = DEFAULT_METHOD,
     granularity: str = DEFAULT_GRANULARITY,
-    round_to: int | None = None,
+    round_to: int | str = DEFAULT_ROUND_TO,
     has_data: bool = False,
     export: bool = True,
 ) -> str:
@@ -102,8 +103,8 @@ def default_pipeline(
     parse_target(target)  # before any work is done for it
     _must_be_method(method)
     choice: dict[str, textform.Value] = {"target": target}
-    if round_to is not None:
-        choice["round_to"] = round_to
+    if round_to != DEFAULT_ROUND_TO:
+        choice["round_to"] = str(round_to)
     if granularity != DEFAULT_GRANULARITY:
         choice["granularity"] = granularity
     steps = [
@@ -151,7 +152,7 @@ def compile(
     export: bool = True,
     seed: int = 0,
     out: str | Path | None = None,
-    round_to: int | None = None,
+    round_to: int | str = DEFAULT_ROUND_TO,
     weights: str | Path | None = None,
     trust: Sequence[str] = (),
     trust_all: bool = False,
@@ -179,7 +180,8 @@ def compile(
         seed: Seed of everything random.
         out: Folder for model.onnx, model.pt2, plan.json, report.json and report.html. After an error nothing is
             left there.
-        round_to: Keep multiples of this many channels where divisibility allows.
+        round_to: Keep multiples of this many channels where divisibility allows; ``auto``: of 8, or less where groups
+            are small or the target would be missed.
         weights: A state dict to load, ``.safetensors`` or ``.pt``.
         trust: Classes that a pickle may name besides those of torch, torchvision and timm.
         trust_all: Let a pickle name any class.
@@ -207,7 +209,7 @@ def compile(
             DEFAULT_TARGET,
             DEFAULT_METHOD,
             DEFAULT_GRANULARITY,
-            None,
+            DEFAULT_ROUND_TO,
         )
         if changed:
             raise UsageError(

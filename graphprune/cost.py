@@ -1,9 +1,9 @@
 """Cost: parameters and multiply-accumulates, exact for any choice of channels without cutting anything.
 
-Both are sums of products of counts. A parameter with labels along its dimensions holds ``product over dims (kept indices)``
-elements; a contraction noted during propagation does ``constant * product over factors (kept atoms)`` multiply-accumulates
-for one sample. Biases, normalisations and elementwise operations are not counted, as in ``torch.utils.flop_counter``.
-FLOPs = 2 x MACs.
+Both are sums of products of counts. A parameter with labels along its dimensions holds ``product over dims
+(kept indices)`` elements; a contraction noted during propagation does ``constant * product over factors (kept
+atoms)`` multiply-accumulates for one sample. Biases, normalisations and elementwise operations are not counted,
+as in ``torch.utils.flop_counter``. FLOPs = 2 x MACs.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ class _Products:
             np.multiply.at(result, self.owners, counts)
         return result
 
+    def marginal(self, num_channels: int) -> NDArray[np.float64]:
+        """Return what the dense sum loses, to first order, with each channel."""
+        result = np.zeros(num_channels)
+        if len(self.channels):
+            lengths = np.diff([*self.starts, len(self.channels)])
+            totals = self.values(np.ones(num_channels, np.bool_))
+            np.add.at(result, self.channels, np.repeat(totals[self.owners] / lengths, lengths))
+        return result
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -87,7 +96,9 @@ class CostModel:
     _params: _Products
 
     @classmethod
-    def build(cls, program: Program, labels: Labels, channel_of: Atoms, num_channels: int) -> CostModel:
+    def build(
+        cls, program: Program, labels: Labels, channel_of: Atoms, num_channels: int
+    ) -> CostModel:
         """Build the model from propagated labels.
 
         Args:
@@ -117,6 +128,11 @@ class CostModel:
         return Cost(
             params=round(self._params.values(keep).sum()), macs=round(self._macs.values(keep).sum())
         )
+
+    def saved(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the parameters and the MACs that the dense program saves, to first order, with each channel."""
+        count = self.num_channels
+        return self._params.marginal(count), self._macs.marginal(count)
 
     @property
     def params(self) -> int:

@@ -1,9 +1,9 @@
 """Coupled channels, dependency groups, and the constraints on removing them.
 
-Labels say which atoms are the same; the connected components of those pairs are the *coupled channels*, numbered from 0.
-Coupled channels that live in the same places (parameter dimensions) form a *dependency group*. A choice of channels is
-a boolean array `keep` over coupled channels; `DependencyGroups.close` completes one, so that blocks (heads,
-convolution groups) go when their last member does, and take their members along.
+Labels say which atoms are the same; the connected components of those pairs are the *coupled channels*,
+numbered from 0. Coupled channels that live in the same places (parameter dimensions) form a *dependency group*.
+A choice of channels is a boolean array `keep` over coupled channels; `DependencyGroups.close` completes one, so
+that blocks (heads, convolution groups) go when their last member does, and take their members along.
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ class DependencyGroups(Facts):
         """Return `keep` without blocks whose last member is gone, and without the members of blocks that are gone."""
         blocks, keep = self.blocks, keep.copy()
         while len(blocks.rows):
-            row_kept = keep[blocks.rows] & np.logical_or.reduceat(keep[blocks.members], blocks.starts)
+            row_kept = keep[blocks.rows] & np.logical_or.reduceat(
+                keep[blocks.members], blocks.starts
+            )
             after = keep.copy()
             after[blocks.rows[~row_kept]] = False
             after[blocks.members[~row_kept[blocks.owner]]] = False
@@ -173,6 +175,23 @@ class DependencyGroups(Facts):
             keep = after
         return keep
 
+    def broken(self, keep: Keep) -> list[Atoms]:
+        """Return the channels of every nest whose rows would keep unequal counts, and of every tensor left empty."""
+        found = [self.nests[position] for position in self._unequal(keep)]
+        return [*found, *self._empty(keep)]
+
+    def _unequal(self, keep: Keep) -> list[int]:
+        """Return the positions in `nests` whose rows would keep unequal counts."""
+        found = []
+        for position, nest in enumerate(self.nests):
+            counts = keep[nest].sum(axis=-1)
+            if len(set(counts[counts > 0].tolist())) > 1:
+                found.append(position)
+        return found
+
+    def _empty(self, keep: Keep) -> list[Atoms]:
+        return [axis for axis in self.axes if not keep[axis].any()]
+
     def violations(self, keep: Keep) -> list[str]:
         """Return what is wrong with a choice of channels; empty for one that surgery can carry out."""
         wrong = []
@@ -180,11 +199,11 @@ class DependencyGroups(Facts):
             wrong.append(f"{int((~keep & self.pinned).sum())} pinned channels would go")
         if (self.close(keep) != keep).any():
             wrong.append("a block would go without its members, or the other way round")
-        for nest, source in zip(self.nests, self.labels.table.nests, strict=True):
-            counts = keep[nest].sum(axis=-1)
-            if len(set(counts[counts > 0].tolist())) > 1:
-                wrong.append(f"blocks at node {source.node} would keep unequal counts {counts.ravel().tolist()[:8]}")
-        wrong += ["a tensor would lose all its channels" for a in self.axes if not keep[a].any()]
+        for position in self._unequal(keep):
+            counts = keep[self.nests[position]].sum(axis=-1).ravel().tolist()[:8]
+            node = self.labels.table.nests[position].node
+            wrong.append(f"blocks at node {node} would keep unequal counts {counts}")
+        wrong += ["a tensor would lose all its channels" for _ in self._empty(keep)]
         return wrong
 
     def to_networkx(self) -> nx.Graph[str]:
@@ -279,33 +298,40 @@ def _dependency_groups(
     reasons: Mapping[int, str],
 ) -> tuple[DependencyGroup, ...]:
     """Group channels by the set of places in which they live, told apart by the sum of random words per place."""
-    places = [(s.name, dim, channel_of[a]) for s in labels.sources.values() for dim, a in sorted(s.atoms.items())]
+    places = [
+        (s.name, dim, channel_of[a])
+        for s in labels.sources.values()
+        for dim, a in sorted(s.atoms.items())
+    ]
     if not places:
         return ()
     words = np.random.default_rng(0).integers(1, 2**63, size=len(places), dtype=np.uint64)
-    signature = np.zeros(num_channels, np.uint64)
+    signature = pinned.astype(np.uint64)
     for word, (_, _, channels) in zip(words, places, strict=True):
-        once = np.zeros(num_channels, np.bool_) if len(channels) > 4096 else None
-        if once is not None:
-            once[channels] = True
-            signature[once] += word
-        else:
-            signature[np.unique(channels)] += word
-    signature += pinned.astype(np.uint64)
-    members: dict[int, Atoms] = {}
+        signature[channels] += word  # buffered: a channel that stands here twice counts once
+    everywhere = np.concatenate([channels for _, _, channels in places])
+    first = np.full(num_channels, len(everywhere))
+    first[everywhere[::-1]] = np.arange(len(everywhere))[::-1]
+    present = np.flatnonzero(first < len(everywhere))
+    present = present[np.argsort(first[present])]
+    _, number = np.unique(signature[present], return_inverse=True)
+    group_of = np.zeros(num_channels, np.int64)
+    group_of[present] = number
+    members = np.split(
+        present[np.argsort(number, kind="stable")], np.cumsum(np.bincount(number))[:-1]
+    )
     where: dict[int, list[Place]] = {}
     for name, dim, channels in places:
-        for mark in dict.fromkeys(signature[channels].tolist()):
-            if mark not in members:
-                chosen = channels[signature[channels] == mark]
-                members[mark] = chosen[np.sort(np.unique(chosen, return_index=True)[1])]
+        inside = group_of[channels]
+        runs = inside[np.concatenate([[True], inside[1:] != inside[:-1]])]
+        for mark in dict.fromkeys(runs.tolist()):
             where.setdefault(mark, []).append(Place(name, dim))
     return tuple(
         DependencyGroup(
             index=i,
-            channels=channels,
-            places=tuple(where[mark]),
-            pinned=reasons.get(int(channels[0])) if pinned[channels[0]] else None,
+            channels=members[mark],
+            places=tuple(found),
+            pinned=reasons.get(int(members[mark][0])) if pinned[members[mark][0]] else None,
         )
-        for i, (mark, channels) in enumerate(members.items())
+        for i, (mark, found) in enumerate(where.items())
     )

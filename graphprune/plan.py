@@ -1,7 +1,8 @@
 """Plan: what to remove, as data that anyone can check and replay.
 
-A plan names, for every parameter and buffer that is cut, the indices that stay along each dimension, in the names of the
-model that went in. That is enough to redo the cut: on the same model, the slices say which coupled channels went.
+A plan names, for every parameter and buffer that is cut, the indices that stay along each dimension, in the
+names of the model that went in. That is enough to redo the cut: on the same model, the slices say which coupled
+channels went.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Plan(Facts):
             PlanError: The choice breaks a constraint.
         """
         if wrong := groups.violations(keep):
-            raise PlanError(f"the choice of channels breaks {len(wrong)} constraints: {'; '.join(wrong[:3])}")
+            raise PlanError(
+                f"the choice of channels breaks {len(wrong)} constraints: {'; '.join(wrong[:3])}"
+            )
         slices: dict[str, dict[int, tuple[int, ...]]] = {}
         for place in groups.places:
             kept = keep[groups.channels_of(place)]
@@ -110,7 +113,9 @@ class Plan(Facts):
         keep = groups.close(keep)
         replayed = Plan.of(program, groups, keep).slices
         if replayed != self.slices:
-            name = next(n for n in {*replayed, *self.slices} if replayed.get(n) != self.slices.get(n))
+            name = next(
+                n for n in {*replayed, *self.slices} if replayed.get(n) != self.slices.get(n)
+            )
             raise PlanError(
                 f"the plan contradicts itself at {name}: its channels are coupled with others, which asks for "
                 f"{_shorten(replayed.get(name))} where the plan says {_shorten(self.slices.get(name))}."
@@ -125,7 +130,9 @@ class Plan(Facts):
             )
         channels = groups.channels_of(place)
         if not kept or min(kept) < 0 or max(kept) >= len(channels):
-            raise PlanError(f"the plan keeps indices {_shorten(kept)} of {place}, which has {len(channels)}")
+            raise PlanError(
+                f"the plan keeps indices {_shorten(kept)} of {place}, which has {len(channels)}"
+            )
         return channels
 
     def to_json(self) -> dict[str, Any]:
@@ -138,7 +145,9 @@ class Plan(Facts):
             "target": self.target,
             "seed": self.seed,
             "removed": {"channels": self.removed.channels, "heads": self.removed.heads},
-            "slices": {n: {str(d): list(k) for d, k in ds.items()} for n, ds in self.slices.items()},
+            "slices": {
+                n: {str(d): list(k) for d, k in ds.items()} for n, ds in self.slices.items()
+            },
         }
 
     @classmethod
@@ -150,7 +159,9 @@ class Plan(Facts):
         """
         try:
             if data["version"] != VERSION:
-                raise PlanError(f"{where}: version {data['version']!r}, this graphprune reads version {VERSION}")
+                raise PlanError(
+                    f"{where}: version {data['version']!r}, this graphprune reads version {VERSION}"
+                )
             return cls(
                 slices={
                     str(n): {int(d): tuple(map(int, k)) for d, k in ds.items()}
@@ -161,7 +172,7 @@ class Plan(Facts):
                 method=str(data.get("method", "")),
                 target=str(data.get("target", "")),
                 seed=int(data.get("seed", 0)),
-                removed=Removed(**{k: int(v) for k, v in data.get("removed", {}).items()}),
+                removed=_removed(data.get("removed", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):
@@ -188,6 +199,10 @@ class Plan(Facts):
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         return cls.from_json(data, where=str(path))
+
+
+def _removed(counts: Mapping[str, Any]) -> Removed:
+    return Removed(channels=int(counts.get("channels", 0)), heads=int(counts.get("heads", 0)))
 
 
 def _shorten(value: object) -> str:

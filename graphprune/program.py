@@ -55,7 +55,9 @@ class Program:
         yield from self.module.named_parameters()
         yield from self.module.named_buffers()
 
-    def batch(self, size: int, *, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def batch(
+        self, size: int, *, seed: int = 0, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
         """Return random inputs of the example's kind with `size` samples (the example's own size if it is fixed).
 
         Floating inputs are standard normal; integer and boolean inputs repeat the example's values.
@@ -132,7 +134,11 @@ def _value_text(value: Any) -> str:
         return f"%{value.name}"
     if isinstance(value, (list, tuple)):
         inner = ", ".join(map(_value_text, value))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+        return (
+            f"[{inner}]"
+            if isinstance(value, list)
+            else f"({inner}{',' if len(value) == 1 else ''})"
+        )
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_value_text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, slice):

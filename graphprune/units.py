@@ -1,9 +1,10 @@
 """Removal units: the smallest sets of coupled channels that can go together and leave an exact program.
 
-A channel that no constraint names is a unit of its own. Rows of a nest (heads of a split, groups of a convolution, halves
-of a shuffle) must keep equal counts, so channels of different rows are tied together, the least important of each row
-first. Which rows a channel stands in is its *signature*; channels with equal signatures form a cell. A unit that takes
-the same fraction of every cell takes the same number from every row of every nest: that is all a nest asks for.
+A channel that no constraint names is a unit of its own. Rows of a nest (heads of a split, groups of a
+convolution, halves of a shuffle) must keep equal counts, so channels of different rows are tied together, the
+least important of each row first. Which rows a channel stands in is its *signature*; channels with equal
+signatures form a cell. A unit that takes the same fraction of every cell takes the same number from every row
+of every nest: that is all a nest asks for.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def _as_units(sets: list[Atoms], num_channel_sets: int, scores: Scores, owner: A
     )
 
 
-def _channel_sets(groups: DependencyGroups, scores: Scores, owner: Atoms, free: Flags) -> list[Atoms]:
+def _channel_sets(
+    groups: DependencyGroups, scores: Scores, owner: Atoms, free: Flags
+) -> list[Atoms]:
     composite = np.zeros(groups.num_channels, np.bool_)
     composite[groups.blocks.rows] = True
     nested = np.zeros(groups.num_channels, np.bool_)
@@ -159,7 +162,9 @@ def _clusters(nests: Iterable[Atoms]) -> list[list[Atoms]]:
     channels = np.concatenate([a.ravel() for a in arrays])
     number = np.repeat(np.arange(len(arrays)), [a.size for a in arrays])
     size = len(arrays) + int(channels.max()) + 1
-    graph = coo_array((np.ones(len(number), np.bool_), (number, len(arrays) + channels)), shape=(size, size))
+    graph = coo_array(
+        (np.ones(len(number), np.bool_), (number, len(arrays) + channels)), shape=(size, size)
+    )
     label = connected_components(graph, directed=False)[1][: len(arrays)]
     clusters: dict[int, list[Atoms]] = {}
     for array, mark in zip(arrays, label.tolist(), strict=True):
@@ -191,7 +196,9 @@ def _tied(cluster: list[Atoms], scores: Scores, owner: Atoms, free: Flags) -> li
 
 def _signatures(cluster: list[Atoms]) -> tuple[Atoms, Atoms]:
     """Return the channels of a cluster, and how often each stands in each row of each nest: shape (channels, rows)."""
-    channels, position = np.unique(np.concatenate([a.ravel() for a in cluster]), return_inverse=True)
+    channels, position = np.unique(
+        np.concatenate([a.ravel() for a in cluster]), return_inverse=True
+    )
     row = np.concatenate([np.repeat(np.arange(len(a)), a.shape[1]) for a in cluster])
     offset = np.cumsum([0, *(len(a) for a in cluster)])
     row += np.repeat(offset[:-1], [a.size for a in cluster])

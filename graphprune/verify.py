@@ -2,19 +2,20 @@
 
 A removal is exact when the smaller program equals the original program in which the removed channels are zero *at their
 consumers*: wherever the original sums over a removed channel, it finds a zero there; where it takes statistics over
-channels (layer, group, RMS norm), it takes them over the kept ones. Both programs run side by side on random inputs, node by node, and
-every tensor of the original, restricted to what is kept, must equal its counterpart. So a cut that falls short is caught
-at the first node that differs, even where the outputs hide it.
+channels (layer, group, RMS norm), it takes them over the kept ones. Both programs run side by side on random
+inputs, node by node, and every tensor of the original, restricted to what is kept, must equal its counterpart.
+So a cut that falls short is caught at the first node that differs, even where the outputs hide it.
 
 Other surgeries (clean-up, folding) promise equal outputs; there only the outputs are compared.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ from graphprune.program import Program
 __all__ = ["Masked", "assert_exact", "verify_surgery"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Largest difference, relative to the largest value of the tensor: sums in another order differ by rounding alone, which
-grows with depth; a wrong channel differs by the size of the values themselves."""
+"""Largest difference, relative to the largest value of the tensor: sums in another order differ by rounding
+alone, which grows with depth; a wrong channel differs by the size of the values themselves."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def verify_surgery(before: Program, after: Program, reference: Masked | None = N
         try:
             worst = _compare(before, after, inputs, reference, tolerance)
         except _Differs as error:
-            return Check(max_abs_err=error.difference, tolerance=tolerance, passed=False, detail=str(error))
+            return Check(
+                max_abs_err=error.difference, tolerance=tolerance, passed=False, detail=str(error)
+            )
     what = "masked program" if reference is not None else "program before"
     detail = f"{str(dtype).removeprefix('torch.')}, {what} on {BATCH} random samples, relative to the largest value"
     return Check(max_abs_err=worst, tolerance=tolerance, passed=worst <= tolerance, detail=detail)
@@ -122,7 +125,11 @@ class _default_dtype:
 
 
 def _compare(
-    before: Program, after: Program, inputs: tuple[Tensor, ...], reference: Masked | None, tolerance: float
+    before: Program,
+    after: Program,
+    inputs: tuple[Tensor, ...],
+    reference: Masked | None,
+    tolerance: float,
 ) -> float:
     dtype = TOLERANCE_DTYPES[tolerance]
     if reference is None:
@@ -159,7 +166,9 @@ def _outputs(old: Any, new: Any) -> float:
     a = [t for t in tree_leaves(old) if isinstance(t, Tensor)]
     b = [t for t in tree_leaves(new) if isinstance(t, Tensor)]
     if [t.shape for t in a] != [t.shape for t in b]:
-        raise _Differs(f"outputs have shapes {[tuple(t.shape) for t in b]}, expected {[tuple(t.shape) for t in a]}")
+        raise _Differs(
+            f"outputs have shapes {[tuple(t.shape) for t in b]}, expected {[tuple(t.shape) for t in a]}"
+        )
     return max((_relative(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
 
 
@@ -189,7 +198,9 @@ def _difference(info: Any, old: Any, new: Any, atoms: NDArray[np.bool_], node: f
         pairs = zip(info, old, new, strict=True)
         return max((_difference(i, a, b, atoms, node) for i, a, b in pairs), default=0.0)
     if isinstance(info, dict):
-        return max((_difference(i, old[k], new[k], atoms, node) for k, i in info.items()), default=0.0)
+        return max(
+            (_difference(i, old[k], new[k], atoms, node) for k, i in info.items()), default=0.0
+        )
     return 0.0
 
 
@@ -210,7 +221,8 @@ def _restrict_joint(value: Tensor, dims: tuple[int, ...], kept: NDArray[np.bool_
     """Pick the kept elements over several dimensions, packed in nesting order."""
     others = [d for d in range(value.dim()) if d not in dims]
     moved = value.permute([*others, *dims])
-    flat = moved[(*[slice(None)] * len(others), torch.from_numpy(kept))]
+    picked: list[Any] = [slice(None)] * len(others) + [torch.from_numpy(kept)]
+    flat = moved[tuple(picked)]
     sizes = []
     for axis in range(kept.ndim):
         present = kept.any(axis=tuple(range(axis + 1, kept.ndim))) if axis + 1 < kept.ndim else kept
@@ -220,7 +232,9 @@ def _restrict_joint(value: Tensor, dims: tuple[int, ...], kept: NDArray[np.bool_
     return packed.permute([order.index(d) for d in range(value.dim())])
 
 
-def _run(module: fx.GraphModule, inputs: tuple[Tensor, ...], mode: _Promote) -> Iterator[tuple[fx.Node, Any]]:
+def _run(
+    module: fx.GraphModule, inputs: tuple[Tensor, ...], mode: _Promote
+) -> Iterator[tuple[fx.Node, Any]]:
     """Run a graph under `mode`, yielding every node with its value; values are dropped after their last use."""
     interpreter = fx.Interpreter(module)
     feed = iter(inputs)
@@ -244,11 +258,15 @@ class _Promote(TorchDispatchMode):
     """Keeps the whole computation at one precision: casts to a lower one become casts to this one."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = dtype
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = self.promoted(args, kwargs or {})
         return func(*args, **kwargs)
@@ -259,7 +277,9 @@ class _Promote(TorchDispatchMode):
     def promoted(self, args: Any, kwargs: Any) -> Any:
         """Replace lower floating types among the arguments."""
         low = (torch.float16, torch.bfloat16, torch.float32)
-        return tree_map(lambda v: self.dtype if isinstance(v, torch.dtype) and v in low else v, (args, kwargs))
+        return tree_map(
+            lambda v: self.dtype if isinstance(v, torch.dtype) and v in low else v, (args, kwargs)
+        )
 
 
 class _MaskMode(_Promote):
@@ -284,7 +304,11 @@ class _MaskMode(_Promote):
         self.seen.clear()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = self.promoted(args, kwargs or {})
         if find_rule(func) is None:
@@ -298,25 +322,28 @@ class _MaskMode(_Promote):
         if not consumers:
             return func(*args, **kwargs)
         if name in _STATISTICS:
-            mask = self._mask(consumers[0], args[0])
-            return _STATISTICS[name](args, kwargs, mask)
+            return _STATISTICS[name](args, kwargs, self._mask(consumers, args[0]))
         slots = iter(range(1 << 30))
-        by_slot = {c.slot: c for c in consumers}
 
         def masked(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            consumer = by_slot.get(next(slots))
-            return value if consumer is None else torch.where(self._mask(consumer, value), value, 0)
+            slot = next(slots)
+            here = [c for c in consumers if c.slot == slot]
+            return torch.where(self._mask(here, value), value, 0) if here else value
 
         args, kwargs = tree_map(masked, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _mask(self, consumer: Consumer, value: Tensor) -> Tensor:
-        return torch.from_numpy(self.atoms[consumer.field.over(value.dim())])
+    def _mask(self, consumers: Sequence[Consumer], value: Tensor) -> Tensor:
+        """Return what stays of `value`, which several labels may say."""
+        masks = [torch.from_numpy(self.atoms[c.field.over(value.dim())]) for c in consumers]
+        return functools.reduce(torch.logical_and, masks)
 
 
-def _get(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
+def _get(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any
+) -> Any:
     return args[position] if position < len(args) else kwargs.get(name, default)
 
 
@@ -328,7 +355,7 @@ def _layer_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> 
     count = inside.sum(dims, keepdim=True)
     mean = (x * inside).sum(dims, keepdim=True) / count
     variance = ((x - mean).square() * inside).sum(dims, keepdim=True) / count
-    out = (x - mean) * torch.rsqrt(variance + _get(args, kwargs, 4, "eps", 1e-5))
+    out: Tensor = (x - mean) * torch.rsqrt(variance + _get(args, kwargs, 4, "eps", 1e-5))
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
@@ -339,7 +366,7 @@ def _rms_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Te
     dims = list(range(x.dim() - len(shape), x.dim()))
     inside = mask.expand(x.shape).to(x.dtype)
     square = (x.square() * inside).sum(dims, keepdim=True) / inside.sum(dims, keepdim=True)
-    out = x * torch.rsqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
+    out: Tensor = x * torch.rsqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
     return out if weight is None else out * weight
 
 
@@ -353,12 +380,16 @@ def _group_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> 
     count = inside.sum(dims, keepdim=True)
     mean = (parts * inside).sum(dims, keepdim=True) / count
     variance = ((parts - mean).square() * inside).sum(dims, keepdim=True) / count
-    out = (parts - mean) * torch.rsqrt(variance + _get(args, kwargs, 4, "eps", 1e-5))
+    out: Tensor = (parts - mean) * torch.rsqrt(variance + _get(args, kwargs, 4, "eps", 1e-5))
     out = out.reshape(x.shape)
     along = (1, -1, *[1] * (x.dim() - 2))
     out = out if weight is None else out * weight.reshape(along)
     return out if bias is None else out + bias.reshape(along)
 
 
-_STATISTICS = {"aten::layer_norm": _layer_norm, "aten::rms_norm": _rms_norm, "aten::group_norm": _group_norm}
+_STATISTICS = {
+    "aten::layer_norm": _layer_norm,
+    "aten::rms_norm": _rms_norm,
+    "aten::group_norm": _group_norm,
+}
 """Operators that take statistics over channels, with the statistics over the kept channels alone."""

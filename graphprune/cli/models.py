@@ -88,15 +88,14 @@ def compile(
     ] = None,
     device: DeviceOption = "auto",
     round_to: Annotated[
-        int | None,
+        str,
         typer.Option(
             "--round-to",
-            metavar="N",
-            min=1,
-            help="Keep multiples of N channels where divisibility allows.",
-            show_default=False,
+            metavar="auto|N",
+            help="Keep multiples of N channels where divisibility allows; auto: of 8, or less where groups are small "
+            "or the target would be missed.",
         ),
-    ] = None,
+    ] = "auto",
     seed: SeedOption = 0,
     out: OutOption = Path("out"),
     trust: TrustOption = None,

@@ -1,7 +1,7 @@
 """What modules remember of their sizes: one row per kind of module.
 
-To teach graphprune a module, add a function under ``@attributes_of(Kind)`` that returns the attributes whose values follow
-from the module's cut tensors and the shapes of its input and output.
+To teach graphprune a module, add a function under ``@attributes_of(Kind)`` that returns the attributes whose
+values follow from the module's cut tensors and the shapes of its input and output.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def update_attributes(module: fx.GraphModule, shapes: Shapes) -> dict[str, dict[
     return changes
 
 
-def _values(target: nn.Module, path: str, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+def _values(
+    target: nn.Module, path: str, shapes: Shapes, before: TensorInfo, after: TensorInfo
+) -> Attributes:
     for kind in type(target).__mro__:
         if kind in _RULES:
             return _RULES[kind](target, shapes, before, after)

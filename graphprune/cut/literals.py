@@ -1,7 +1,8 @@
 """What graph nodes hold as sizes: one row per operation that takes a size.
 
-The same operation has many names: ``torch.reshape``, ``Tensor.reshape``, ``aten.reshape.default``. Rows are keyed by the
-bare name. A row gets a `Site` and rewrites the node's arguments where the cut changes them, and only there.
+The same operation has many names: ``torch.reshape``, ``Tensor.reshape``, ``aten.reshape.default``. Rows are
+keyed by the bare name. A row gets a `Site` and rewrites the node's arguments where the cut changes them, and
+only there.
 """
 
 from __future__ import annotations
@@ -115,6 +116,11 @@ def rewrite_literals(module: fx.GraphModule, shapes: Shapes) -> list[LiteralChan
     for node in list(module.graph.nodes):
         if node.op == "output":
             continue
+        if _bare_name(node) == "setitem":
+            before = (node.args, dict(node.kwargs), node.target)
+            _rewrite(node, shapes, numbers, other)
+            changes += _differences(node, before)
+            continue
         if not _holds_tensor(shapes.values[node.name]):
             numbers.number(node)
             other.number(node)
@@ -184,14 +190,22 @@ def _differences(node: fx.Node, before: tuple[Any, dict[str, Any], Any]) -> list
 def _write_sizes(site: Site, first: int, wanted: Sequence[int], *, spare: bool) -> None:
     """Rewrite sizes given as one sequence or as separate arguments from position `first` on."""
     args = site.node.args
-    given = args[first] if len(args) > first else site.node.kwargs.get("size", site.node.kwargs.get("shape"))
+    given = (
+        args[first]
+        if len(args) > first
+        else site.node.kwargs.get("size", site.node.kwargs.get("shape"))
+    )
     if isinstance(given, (list, tuple)):
         sizes = _sizes(site, given, wanted, spare=spare)
         if list(sizes) != list(given):
             if len(args) > first:
-                site.node.update_arg(first, type(given)(sizes) if type(given) is list else tuple(sizes))
+                site.node.update_arg(
+                    first, type(given)(sizes) if type(given) is list else tuple(sizes)
+                )
             else:
-                site.node.update_kwarg("size" if "size" in site.node.kwargs else "shape", tuple(sizes))
+                site.node.update_kwarg(
+                    "size" if "size" in site.node.kwargs else "shape", tuple(sizes)
+                )
         return
     if len(args) > first and isinstance(site.numbers.value(given), (tuple, list)):
         site.done.add(given)  # type: ignore[arg-type]
@@ -286,7 +300,9 @@ def _narrow(site: Site) -> None:
     dim = site.arg(1, "dim") % len(source.shape)
     start = site.numbers.value(site.arg(2, "start"))
     start %= source.shape[dim]
-    site.put(2, "start", site.size(site.arg(2, "start"), site.shapes.kept_in(source, dim, 0, start)))
+    site.put(
+        2, "start", site.size(site.arg(2, "start"), site.shapes.kept_in(source, dim, 0, start))
+    )
     site.put(3, "length", site.size(site.arg(3, "length"), site.shapes.size(site.out, dim)))
 
 
@@ -317,14 +333,16 @@ def _range(site: Site, source: TensorInfo, dim: int, start: Any, stop: Any) -> t
     return (None if old[0] is None else new_start), (None if old[1] is None else new_stop)
 
 
-@literals_of("getitem")
+@literals_of("getitem", "setitem")
 def _getitem(site: Site) -> None:
     if site.shapes.info(site.node.args[0]) is None:
         return
-    source, index = site.info(site.node.args[0]), site.node.args[1]
+    source = site.info(site.node.args[0])
+    index: Any = site.node.args[1]
     items = list(index) if isinstance(index, (tuple, list)) else [index]
     used = sum(1 for i in items if i is not None and i is not Ellipsis)
-    result, dim = [], 0
+    result: list[Any] = []
+    dim = 0
     for item in items:
         if item is None:
             result.append(item)
@@ -345,7 +363,9 @@ def _getitem(site: Site) -> None:
 # -- the rest -----------------------------------------------------------------------------------------------------
 
 
-def pad_widths(shapes: Shapes, before: TensorInfo, after: TensorInfo, widths: Sequence[int]) -> list[int]:
+def pad_widths(
+    shapes: Shapes, before: TensorInfo, after: TensorInfo, widths: Sequence[int]
+) -> list[int]:
     """Return the new widths of a constant border."""
     result = list(widths)
     rank = len(before.shape)
@@ -354,7 +374,9 @@ def pad_widths(shapes: Shapes, before: TensorInfo, after: TensorInfo, widths: Se
         low, high = widths[2 * pair], widths[2 * pair + 1]
         end_in, end_out = before.shape[dim], after.shape[dim]
         result[2 * pair] = (
-            shapes.kept_in(after, dim, 0, low) if low >= 0 else -shapes.kept_in(before, dim, 0, -low)
+            shapes.kept_in(after, dim, 0, low)
+            if low >= 0
+            else -shapes.kept_in(before, dim, 0, -low)
         )
         result[2 * pair + 1] = (
             shapes.kept_in(after, dim, end_out - high, end_out)

@@ -1,8 +1,8 @@
 """Sizes that the graph computes while it runs, such as ``x.shape[1] // heads`` in the fx dialect.
 
-They are evaluated on the shapes that the cut program will have, for two batch sizes, to see what each of them becomes and
-whether it follows the batch. A number that a cut would change must be corrected where a node uses it: to the right size
-where it is a size, to its old value where it is a scale.
+They are evaluated on the shapes that the cut program will have, for two batch sizes, to see what each of them
+becomes and whether it follows the batch. A number that a cut would change must be corrected where a node uses
+it: to the right size where it is a size, to its old value where it is a scale.
 """
 
 from __future__ import annotations
@@ -55,5 +55,9 @@ class Numbers:
                 shape[0] = self._batch
             return torch.empty(shape, device="meta")
         if isinstance(value, (tuple, list)):
-            return type(value)(self._stand_in(v) for v in value) if not isinstance(value, torch.Size) else value
+            return (
+                type(value)(self._stand_in(v) for v in value)
+                if not isinstance(value, torch.Size)
+                else value
+            )
         return tree_map(self._stand_in, value) if isinstance(value, dict) else value

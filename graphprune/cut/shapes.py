@@ -22,6 +22,7 @@ class Shapes:
         self.values: Mapping[str, Any] = labels.values
         self.keep = keep
         self._kept: dict[int, bool] = {}
+        self._extents: dict[tuple[int, int], int] = {}
 
     def info(self, value: Any) -> TensorInfo | None:
         """Return what is known of a node that produced one tensor."""
@@ -44,7 +45,10 @@ class Shapes:
         field = info.field_of(dim)
         if field is None or self.is_whole(field):
             return info.shape[dim]
-        return kept_extent(field, dim, self.keep)
+        key = (id(field.atoms), field.dims.index(dim))
+        if key not in self._extents:
+            self._extents[key] = kept_extent(field, dim, self.keep)
+        return self._extents[key]
 
     def shape(self, info: TensorInfo) -> tuple[int, ...]:
         """Return the new shape."""

@@ -51,7 +51,9 @@ def slice_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return data
 
 
-def cut_program(program: Program, groups: DependencyGroups, keep: Keep, *, step: str = "cut") -> Cut:
+def cut_program(
+    program: Program, groups: DependencyGroups, keep: Keep, *, step: str = "cut"
+) -> Cut:
     """Return `program` without the coupled channels that `keep` leaves out.
 
     Args:
@@ -68,7 +70,6 @@ def cut_program(program: Program, groups: DependencyGroups, keep: Keep, *, step:
     shapes = Shapes(groups.labels, keep[groups.channel_of] if groups.num_channels else keep)
     attributes = update_attributes(module, shapes)
     literals = rewrite_literals(module, shapes)
-    module.graph.lint()
     if literals:
         module.recompile()
     return Cut(

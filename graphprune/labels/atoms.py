@@ -63,6 +63,7 @@ class AtomTable:
     blocks: list[Block] = field(default_factory=list)
     nests: list[Nest] = field(default_factory=list)
     _block_of: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
+    _copies: list[tuple[int, int]] = field(default_factory=list)
     _nested: set[tuple[bytes, tuple[int, ...]]] = field(default_factory=set)
 
     def fresh(self, count: int) -> Atoms:
@@ -70,6 +71,17 @@ class AtomTable:
         atoms = np.arange(self.size, self.size + count)
         self.size += count
         return atoms
+
+    def copies(self, count: int) -> Atoms:
+        """Return fresh atoms for copies that broadcasting made: they are whatever they meet."""
+        atoms = self.fresh(count)
+        self._copies.append((self.size - count, self.size))
+        return atoms
+
+    def are_copies(self, atoms: Atoms) -> bool:
+        """Whether `atoms` are copies that broadcasting made."""
+        low, high = (int(atoms.min()), int(atoms.max())) if atoms.size else (0, -1)
+        return any(start <= low and high < stop for start, stop in self._copies)
 
     def unify(self, a: Atoms, b: Atoms) -> None:
         """Note that `a[i]` and `b[i]` are the same channel; shapes must broadcast."""
@@ -80,7 +92,7 @@ class AtomTable:
 
     def unify_along(self, atoms: Atoms, axis: int) -> Atoms:
         """Note that atoms along `axis` are one channel; return the array without that axis."""
-        first = atoms.take(0, axis=axis)
+        first: Atoms = np.asarray(atoms.take(0, axis=axis))
         self.unify(np.expand_dims(first, axis), atoms)
         return first
 

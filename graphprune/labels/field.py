@@ -158,8 +158,8 @@ def _packed(table: AtomTable, field: Field, node: str) -> Atoms:
 def kept_extent(field: Field, dim: int, keep: NDArray[np.bool_]) -> int:
     """Return the size along `dim` that is left when only the atoms in `keep` are."""
     axis = field.dims.index(dim)
-    kept = keep[field.atoms]
+    kept: NDArray[np.bool_] = keep[field.atoms]
     inner = tuple(range(axis + 1, kept.ndim))
     if inner:
-        kept = kept.any(axis=inner)
+        kept = np.asarray(kept.any(axis=inner))
     return int(kept.sum(axis=axis).max())

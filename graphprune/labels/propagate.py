@@ -1,9 +1,9 @@
 """Propagation: run the captured graph once, without data, and carry labels along.
 
 The graph runs on meta tensors under a dispatch mode. In inference mode operators reach the mode whole (``aten.linear``,
-``aten.scaled_dot_product_attention``) whatever the device and version, so one table of rules, `graphprune.labels.rules`,
-serves both dialects. A rule computes the output's shape and its labels; an operator without a rule is decomposed
-where PyTorch can, and otherwise pins whatever reaches it.
+``aten.scaled_dot_product_attention``) whatever the device and version, so one table of rules,
+`graphprune.labels.rules`, serves both dialects. A rule computes the output's shape and its labels; an operator
+without a rule is decomposed where PyTorch can, and otherwise pins whatever reaches it.
 
     graph node --> aten operator --> rule(trace, call) --> output (meta tensor) + fields
                                        |
@@ -75,7 +75,8 @@ class MacTerm:
 
 @dataclass
 class Source:
-    """A tensor that brings its own atoms: a parameter, a buffer, or a constant fill. Dimensions are labelled on demand."""
+    """A tensor that brings its own atoms: a parameter, a buffer, or a constant fill. Dimensions are labelled on
+    demand."""
 
     name: str
     shape: tuple[int, ...]
@@ -113,7 +114,8 @@ class Labels:
     sources: Mapping[str, Source]
     """Parameters and buffers that carry labels, by the name that they have in the program."""
     values: Mapping[str, Any]
-    """What each node produced: `TensorInfo` for a tensor, the value itself for a number, nested as the node's output is."""
+    """What each node produced: `TensorInfo` for a tensor, the value itself for a number, nested as the node's
+    output is."""
     consumers: tuple[Consumer, ...]
     terms: tuple[MacTerm, ...]
     unknown: Mapping[str, tuple[str, ...]]
@@ -143,7 +145,13 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensor arguments in order."""
-        return [a for a in tree_leaves((self.args, self.kwargs)) if isinstance(a, Tensor)]
+        found: list[Tensor] = []
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, (list, tuple)):
+                found += [v for v in value if isinstance(v, Tensor)]
+        return found
 
 
 class Trace:
@@ -167,8 +175,12 @@ class Trace:
             self._sources.setdefault(id(tensor), Source(name, tuple(tensor.shape), self.table))
 
     def sources(self) -> dict[str, Source]:
-        """Return the labelled parameters, buffers and constants of the program by name."""
-        return {s.name: s for s in self._sources.values() if s.name and s.atoms}
+        """Return the labelled parameters, buffers and constants of the program by name, in the order of their
+        first use."""
+        labelled = (s for s in self._sources.values() if s.name and s.atoms)
+        # Atoms are numbered as the graph asks for them.
+        first_used = sorted(labelled, key=lambda s: min(int(a[0]) for a in s.atoms.values()))
+        return {s.name: s for s in first_used}
 
     def source(self, tensor: Tensor) -> Source | None:
         """Return the source that `tensor` is, if it is one."""
@@ -328,7 +340,11 @@ class _LabelMode(TorchDispatchMode):
         self.trace = trace
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         from graphprune.labels.rules import find_rule
 
@@ -379,7 +395,9 @@ def _info(trace: Trace, value: Any) -> Any:
 
 def _settled(value: Any) -> Any:
     if isinstance(value, Source):
-        return TensorInfo(value.shape, tuple(Field((d,), a) for d, a in sorted(value.atoms.items())))
+        return TensorInfo(
+            value.shape, tuple(Field((d,), a) for d, a in sorted(value.atoms.items()))
+        )
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
         return tuple(map(_settled, value))
     if isinstance(value, dict):
@@ -390,7 +408,7 @@ def _settled(value: Any) -> Any:
 def _without_view_tracking() -> Any:
     """Keep autograd from giving views of parameters, which are no inference tensors, identities of their own."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    return torch._C._ExcludeDispatchKeyGuard(keys)
+    return torch._C._ExcludeDispatchKeyGuard(keys)  # type: ignore[no-untyped-call]
 
 
 def propagate(program: Program) -> Labels:
@@ -406,7 +424,7 @@ def propagate(program: Program) -> Labels:
         AnalysisError: The graph does not run on the shapes of its example inputs.
     """
     trace = Trace(program)
-    inputs = []
+    inputs: list[Tensor] = []
     for example in program.example_inputs:
         shape = list(example.shape)
         if program.dynamic_batch and shape:
@@ -431,7 +449,9 @@ def propagate(program: Program) -> Labels:
     )
 
 
-def _run_graph(module: fx.GraphModule, inputs: list[Tensor], trace: Trace, values: dict[str, Any]) -> None:
+def _run_graph(
+    module: fx.GraphModule, inputs: list[Tensor], trace: Trace, values: dict[str, Any]
+) -> None:
     env: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     modules = dict(module.named_modules())
@@ -490,4 +510,3 @@ def _window(node: fx.Node, reach: int = 3) -> str:
         for n in nodes[max(0, at - reach) : at + reach + 1]
     )
     return "\n".join(lines)
-

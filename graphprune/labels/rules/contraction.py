@@ -73,7 +73,11 @@ def _product(trace: Trace, call: Call, a: Tensor, b: Tensor) -> tuple[tuple[int,
     rank = len(batch) + len(rows) + len(columns)
     row, column = len(batch), len(batch) + len(rows)
     place_a = [*range(len(batch) - max(0, a.dim() - 2), len(batch)), *([row] if rows else []), rank]
-    place_b = [*range(len(batch) - max(0, b.dim() - 2), len(batch)), rank, *([column] if columns else [])]
+    place_b = [
+        *range(len(batch) - max(0, b.dim() - 2), len(batch)),
+        rank,
+        *([column] if columns else []),
+    ]
     sizes = (*batch, *rows, *columns)
     fields = contracted(trace, call, [(a, place_a), (b, place_b)], (*sizes, a.shape[-1]), rank)
     return sizes, fields
@@ -145,7 +149,16 @@ def attention(trace: Trace, call: Call) -> Any:
 # -- convolution --------------------------------------------------------------------------------------------------
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule(
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "_convolution",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+)
 def convolution(trace: Trace, call: Call) -> Any:
     """Convolution of any rank, grouped or transposed."""
     x, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
@@ -165,7 +178,12 @@ def convolution(trace: Trace, call: Call) -> Any:
     kernel = weight.shape[2:]
     channel = x.dim() - len(kernel) - 1
     spatial = _spatial_shape(
-        x.shape[channel + 1 :], kernel, stride, padding, dilation, output_padding if transposed else None
+        x.shape[channel + 1 :],
+        kernel,
+        stride,
+        padding,
+        dilation,
+        output_padding if transposed else None,
     )
     ins = _channel_axis(trace, call, x, channel)
     outs, counted = (_transposed if transposed else _forward)(trace, weight, ins, groups)
@@ -191,8 +209,8 @@ def _spatial_shape(
     output_padding: Any,
 ) -> list[int]:
     def spread(value: Any) -> list[int]:
-        value = [value] if isinstance(value, int) else list(value)
-        return value * len(sizes) if len(value) == 1 else value
+        values: list[int] = [value] if isinstance(value, int) else list(value)
+        return values * len(sizes) if len(values) == 1 else values
 
     stride, dilation = spread(stride), spread(dilation)
     if padding == "same":
@@ -240,7 +258,9 @@ def _forward(
         return None, (one * per_group, ())
     rows = outs.reshape(groups, -1)
     if per_group == 1:
-        _meet_inputs(trace, ins, rows[:, 0] if rows.shape[1] == 1 else trace.table.block(rows, is_head=False))
+        _meet_inputs(
+            trace, ins, rows[:, 0] if rows.shape[1] == 1 else trace.table.block(rows, is_head=False)
+        )
         trace.table.nest(rows, trace.node)
         return outs, (1, (outs,))
     own = trace.axis(weight, 1)
@@ -250,7 +270,10 @@ def _forward(
     else:
         trace.unify(ins.reshape(groups, -1), own)
     trace.table.nest(rows, trace.node)
-    trace.pin(rows if rows.shape[1] == 1 else trace.table.block(rows, is_head=False), "a convolution group stays")
+    trace.pin(
+        rows if rows.shape[1] == 1 else trace.table.block(rows, is_head=False),
+        "a convolution group stays",
+    )
     return outs, (1, (outs, own))
 
 

@@ -18,12 +18,12 @@ FIXED = "meets a dimension whose size cannot change"
 
 _SAME = """
     abs neg sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin acos atan sinh cosh
-    tanh erf erfc floor ceil round trunc frac relu relu6 sigmoid silu mish gelu elu celu selu softplus softsign
-    hardswish hardsigmoid hardtanh hardshrink softshrink leaky_relu log_sigmoid logit threshold tanhshrink
+    tanh erf erfc floor ceil round trunc frac relu relu6 sigmoid silu mish gelu elu celu selu softplus
+    hardswish hardsigmoid hardtanh hardshrink softshrink leaky_relu log_sigmoid logit threshold
     clamp clamp_min clamp_max clip nan_to_num pow add sub rsub mul div divide multiply subtract true_divide floor_divide
     remainder fmod maximum minimum fmax fmin addcmul addcdiv lerp where masked_fill atan2 hypot logaddexp sinc
     dropout feature_dropout alpha_dropout native_dropout clone contiguous detach alias lift_fresh lift_fresh_copy
-    to _to_copy type_as float conj resolve_conj resolve_neg positive fake_quantize_per_tensor_affine
+    to _to_copy type_as conj resolve_conj resolve_neg positive fake_quantize_per_tensor_affine
     zeros_like ones_like full_like empty_like rand_like randn_like bernoulli xlogy copysign polar deg2rad
 """.split()
 _BOOLEAN = """
@@ -43,9 +43,15 @@ def _elementwise(trace: Trace, call: Call, dtype: torch.dtype | None) -> Any:
     tensors = call.tensors()
     if not any(trace.is_meta(t) for t in tensors):
         return trace.run(call)
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors)) if len(tensors) > 1 else tensors[0].shape
+    shape = (
+        torch.broadcast_shapes(*(t.shape for t in tensors))
+        if len(tensors) > 1
+        else tensors[0].shape
+    )
     if dtype is None:
-        named = next((a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.dtype)), None)
+        named = next(
+            (a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.dtype)), None
+        )
         dtype = named or functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     out = torch.empty(shape, dtype=dtype, device="meta")
     return trace.label(out, met(trace, tensors, len(shape)))

@@ -27,7 +27,34 @@ __all__ = ["reshaped"]
 def reshaped(trace: Trace, fields: Fields, old: Sequence[int], new: Sequence[int]) -> Fields:
     """Return the fields of a tensor of shape `old` viewed as `new` (row-major)."""
     groups = _aligned_groups(old, new)
-    return tuple(f for f in (_reshape_field(trace, field, old, new, groups) for field in fields) if f)
+    fields = _one_per_group(trace, fields, groups)
+    return tuple(
+        f for f in (_reshape_field(trace, field, old, new, groups) for field in fields) if f
+    )
+
+
+def _one_per_group(
+    trace: Trace, fields: Fields, groups: list[tuple[list[int], list[int]]]
+) -> Fields:
+    """Settle all but one of the labels that a reshape would lay over the same dimension.
+
+    An index of the merged dimension stays where both labels stay, which is no channel of either: one of them must be
+    whole. Copies that an expansion made give way to real channels, and few channels to many.
+    """
+    for ins, outs in groups:
+        if len(ins) == len(outs) == 1:
+            continue
+        inside = [f for f in fields if any(d in ins for d in f.dims)]
+        if len(inside) > 1:
+            best = max(inside, key=lambda f: (not trace.table.are_copies(f.atoms), f.atoms.size))
+            settled = (
+                f
+                if f is best
+                else trace.settle(f, [d for d in f.dims if d in ins], "merged with another label")
+                for f in fields
+            )
+            fields = tuple(f for f in settled if f is not None)
+    return fields
 
 
 def _aligned_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -65,7 +92,9 @@ def _reshape_field(
         if not inside:
             continue
         if len(ins) == len(outs) == 1:
-            field = Field(tuple(-1 - outs[0] if d == ins[0] else d for d in field.dims), field.atoms)
+            field = Field(
+                tuple(-1 - outs[0] if d == ins[0] else d for d in field.dims), field.atoms
+            )
             continue
         field = _regroup(trace, field, inside, ins, outs, old, new)
     field = Field(tuple(-1 - d for d in field.dims), field.atoms)  # new dims were written as -1 - d
@@ -94,8 +123,10 @@ def _regroup(
     atoms = field.atoms.transpose([*rest, *(axes[k] for k in order)])
     head = atoms.shape[: len(rest)]
     full = atoms.reshape(*head, *(old[d] if d in inside else 1 for d in ins))
-    full = np.broadcast_to(full, (*head, *(old[d] for d in ins))).reshape(*head, *(new[d] for d in outs))
-    dims = []
+    full = np.broadcast_to(full, (*head, *(old[d] for d in ins))).reshape(
+        *head, *(new[d] for d in outs)
+    )
+    dims: list[int] = []
     for position in reversed(range(len(outs))):
         axis = len(head) + position
         first = full.take([0], axis=axis)
@@ -106,7 +137,11 @@ def _regroup(
     if not dims:
         trace.pin(full, "all of a dimension is one channel")
     before = [axis for axis in rest if axis < start]
-    back = [*range(len(before)), *range(len(head), len(head) + len(dims)), *range(len(before), len(head))]
+    back = [
+        *range(len(before)),
+        *range(len(head), len(head) + len(dims)),
+        *range(len(before), len(head)),
+    ]
     names = [*(field.dims[a] for a in before), *dims, *(field.dims[a] for a in rest if a > start)]
     return Field(tuple(names), full.transpose(back))
 
@@ -116,7 +151,16 @@ def _view(trace: Trace, x: Tensor, shape: Sequence[int]) -> Tensor:
     return trace.label(out, reshaped(trace, trace.fields(x), x.shape, out.shape))
 
 
-@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as")
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "_reshape_alias",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "reshape_as",
+)
 def view(trace: Trace, call: Call) -> Any:
     """Split and merge dimensions; a label over several new dimensions is a nest."""
     x = call.args[0]
@@ -141,6 +185,8 @@ def shuffle(trace: Trace, call: Call) -> Any:
     *batch, channels, height, width = x.shape
     lead = len(batch)
     name = call.func._schema.name
+    inner: tuple[int, ...]
+    order: tuple[int, ...]
     if name == "aten::pixel_shuffle":
         inner = (channels // factor**2, factor, factor, height, width)
         order, last = (0, 3, 1, 4, 2), (channels // factor**2, height * factor, width * factor)
@@ -150,9 +196,26 @@ def shuffle(trace: Trace, call: Call) -> Any:
     else:
         inner = (factor, channels // factor, height, width)
         order, last = (1, 0, 2, 3), (channels, height, width)
+    if name == "aten::pixel_unshuffle":  # space is split by a factor that no cut changes
+        x = _settled(trace, x, {lead + 1, lead + 2})
     out = trace.apply(torch.ops.aten.view.default, x, [*batch, *inner])
-    out = trace.apply(torch.ops.aten.permute.default, out, [*range(lead), *(lead + d for d in order)])
+    if name == "aten::pixel_shuffle":
+        out = _settled(trace, out, {lead + 1, lead + 2})
+    for field in trace.fields(out):
+        if "channel_shuffle" in name and lead in field.dims:
+            trace.fix(field, lead, "the number of groups of a shuffle")
+    out = trace.apply(
+        torch.ops.aten.permute.default, out, [*range(lead), *(lead + d for d in order)]
+    )
     return trace.apply(torch.ops.aten.view.default, out, [*batch, *last])
+
+
+def _settled(trace: Trace, x: Tensor, dims: set[int]) -> Tensor:
+    """Return `x` with every label settled along `dims`, whose sizes the operator holds."""
+    fields = (
+        trace.settle(f, dims & set(f.dims), "shuffled by a fixed factor") for f in trace.fields(x)
+    )
+    return trace.new(tuple(x.shape), x, tuple(f for f in fields if f is not None))
 
 
 # -- renaming dimensions ------------------------------------------------------------------------------------------
@@ -241,7 +304,7 @@ def expand(trace: Trace, call: Call) -> Any:
     fields = [f.moved([d + shift for d in range(x.dim())]) for f in trace.fields(x)]
     for dim, n in enumerate(shape):
         if n > 1 and (dim < shift or x.shape[dim - shift] == 1):
-            fields.append(Field((dim,), trace.table.fresh(n)))
+            fields.append(Field((dim,), trace.table.copies(n)))
     return trace.new(tuple(shape), x, tuple(fields))
 
 
@@ -353,20 +416,26 @@ def cat(trace: Trace, call: Call) -> Any:
     for tensor, along in zip(tensors, joined, strict=True):
         fields, extent = trace.operand(tensor, rank)
         labelled = set(along.dims) if along else {dim}
-        operands.append((tuple(f for f in fields if f is not along and dim not in f.dims), extent - labelled))
+        operands.append(
+            (tuple(f for f in fields if f is not along and dim not in f.dims), extent - labelled)
+        )
     fields = meet(trace.table, operands, FIXED, trace.node)
     if any(joined):
         fields = (*fields, _concatenated(trace, tensors, joined, dim))
     return trace.new(tuple(shape), tensors[0], fields)
 
 
-def _concatenated(trace: Trace, tensors: list[Tensor], joined: list[Field | None], dim: int) -> Field:
+def _concatenated(
+    trace: Trace, tensors: list[Tensor], joined: list[Field | None], dim: int
+) -> Field:
     widest = max((f for f in joined if f), key=lambda f: len(f.dims))
     parts: list[Atoms] = []
     for tensor, along in zip(tensors, joined, strict=True):
         if along is None or not set(along.dims) <= set(widest.dims):
             if along is not None:
-                trace.pin(along.atoms, "joined with a tensor that is labelled over other dimensions")
+                trace.pin(
+                    along.atoms, "joined with a tensor that is labelled over other dimensions"
+                )
             own = trace.table.fresh(tensor.shape[dim])
             trace.pin(own, "joined from a part whose size cannot change")
             along = Field((dim,), own)
@@ -394,7 +463,10 @@ def pad(trace: Trace, call: Call) -> Any:
     x, widths = call.args[0], call.arg(1, "pad")
     if not trace.is_meta(x):
         return trace.run(call)
-    constant = call.func._schema.name == "aten::constant_pad_nd" or call.arg(2, "mode", "constant") == "constant"
+    constant = (
+        call.func._schema.name == "aten::constant_pad_nd"
+        or call.arg(2, "mode", "constant") == "constant"
+    )
     shape, fields = list(x.shape), list(trace.fields(x))
     for pair in range(len(widths) // 2):
         dim = x.dim() - 1 - pair
@@ -459,7 +531,7 @@ def repeat(trace: Trace, call: Call) -> Any:
         fields.append(Field(field.dims, np.tile(field.atoms, reps)))
     for dim, n in enumerate(times):
         if n > 1 and sizes[dim] == 1:
-            fields.append(Field((dim,), trace.table.fresh(n)))
+            fields.append(Field((dim,), trace.table.copies(n)))
     shape = tuple(n * t for n, t in zip(sizes, times, strict=True))
     return trace.new(shape, x, tuple(fields))
 
@@ -510,4 +582,3 @@ def _kept_fields(trace: Trace, x: Tensor, kept: dict[int, int]) -> Fields:
         if settled := trace.settle(field, lost, "indexed by number"):
             fields.append(Field(tuple(kept[d] for d in settled.dims), settled.atoms))
     return tuple(fields)
-

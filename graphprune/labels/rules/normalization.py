@@ -35,7 +35,13 @@ def _met_along(trace: Trace, x: Tensor, params: list[Any], dim: int) -> Fields:
     return meet(trace.table, operands, FIXED, trace.node)
 
 
-@rule("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+@rule(
+    "batch_norm",
+    "instance_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+)
 def batch_norm(trace: Trace, call: Call) -> Any:
     """Every channel (dim 1) has its own statistics, scale and shift."""
     x = call.args[0]

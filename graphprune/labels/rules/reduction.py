@@ -48,7 +48,8 @@ def _left(
     return tuple(f.moved(position) for f in fields)
 
 
-@rule("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "all",
+@rule("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "norm", "linalg_vector_norm",
+"logsumexp", "all",
       "any", "argmax", "argmin", "median", "nansum", "var_mean", "std_mean", "count_nonzero", "mode")  # fmt: skip
 def reduce(trace: Trace, call: Call) -> Any:
     """Reduce some or all dimensions."""
@@ -61,11 +62,15 @@ def reduce(trace: Trace, call: Call) -> Any:
         return trace.run(call)
     overload = {a.name: i for i, a in enumerate(call.func._schema.arguments)}
     given = call.arg(overload["dim"], "dim") if "dim" in overload else None
-    keepdim = bool(call.arg(overload["keepdim"], "keepdim", False)) if "keepdim" in overload else False
+    keepdim = (
+        bool(call.arg(overload["keepdim"], "keepdim", False)) if "keepdim" in overload else False
+    )
     out = trace.run(call)
     name = call.func._schema.name
     # A p-norm or a mean over channels changes with their number; a sum does not.
-    fields = _left(trace, call, x, _dims(given, x.dim()), keepdim=keepdim, is_sum=name == "aten::sum")
+    fields = _left(
+        trace, call, x, _dims(given, x.dim()), keepdim=keepdim, is_sum=name == "aten::sum"
+    )
     return _labelled(trace, out, fields)
 
 
@@ -75,7 +80,7 @@ def _labelled(trace: Trace, out: Any, fields: Fields) -> Any:
     return tuple(trace.label(o, fields) for o in out)
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "sort", "argsort", "topk",
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk",
       "kthvalue", "logcumsumexp", "cummax", "cummin", "renorm")  # fmt: skip
 def normalise(trace: Trace, call: Call) -> Any:
     """Combine along one dimension and keep it: that dimension cannot change, the others keep their label."""
@@ -91,6 +96,6 @@ def normalise(trace: Trace, call: Call) -> Any:
         if left is not None:
             fields.append(left)
     name = call.func._schema.name
-    if "softmax" in name or "softmin" in name:
+    if "softmax" in name:
         return trace.new(x.shape, x, tuple(fields))
     return _labelled(trace, trace.run(call), tuple(fields))

@@ -13,7 +13,17 @@ from graphprune.labels.rules import rule
 __all__: list[str] = []
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "scalar_tensor",
+)
 def fill(trace: Trace, call: Call) -> Any:
     """A constant: every dimension may shrink with what it meets."""
     out = trace.run(call)
@@ -23,7 +33,7 @@ def fill(trace: Trace, call: Call) -> Any:
     return trace.fill(blank) if out.dim() else blank
 
 
-@rule("arange", "linspace", "logspace", "eye", "tri", "rand", "randn", "randint", "randperm")
+@rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm")
 def enumerate_(trace: Trace, call: Call) -> Any:
     """Values that depend on the position: the size cannot change."""
     return trace.run(call)

@@ -18,7 +18,6 @@ _POOLS = [
     for kind, suffixes in {
         "max_pool": ("", "_with_indices"),
         "avg_pool": ("",),
-        "lp_pool": ("",),
         "adaptive_avg_pool": ("",),
         "_adaptive_avg_pool": ("",),
         "adaptive_max_pool": ("",),
@@ -28,9 +27,17 @@ _POOLS = [
     }.items()
     for n in (1, 2, 3)
     for suffix in suffixes
+    if (kind, n) not in (("_adaptive_avg_pool", 1), ("fractional_max_pool", 1))  # no such operators
 ]
-_RESAMPLERS = [f"upsample_{kind}{n}d" for kind, n in (("nearest", 1), ("nearest", 2), ("nearest", 3))]
-_RESAMPLERS += ["upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"]
+_RESAMPLERS = [
+    f"upsample_{kind}{n}d" for kind, n in (("nearest", 1), ("nearest", 2), ("nearest", 3))
+]
+_RESAMPLERS += [
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
+]
 _RESAMPLERS += [f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)]
 _RESAMPLERS += ["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
 
@@ -88,4 +95,3 @@ def unfold(trace: Trace, call: Call) -> Any:
             rows = left.atoms.reshape(out.shape[lead], -1)
             fields.append(Field((lead,), trace.table.unify_along(rows, 1)))
     return trace.label(out, tuple(fields))
-

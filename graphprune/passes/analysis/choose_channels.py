@@ -28,10 +28,11 @@ class ChooseChannels(Pass):
     """Limits such as ``macs=0.5``, ``params=5M`` or both, or ``ratio=0.3`` of every group."""
     granularity: str = "channels"
     """What may go: ``channels``, ``heads``, or both with a comma."""
-    round_to: int = 1
-    """Kept channels of a group are a multiple of this, where the dense count allows it."""
+    round_to: str = "auto"
+    """Kept channels of a group are a multiple of this number, where the dense count allows it; ``auto``: of 8, or less
+    where groups are small or the target would be missed."""
     scope: Literal["global", "uniform"] = "global"
-    """Compare scores over the network, or rank them within each group so that all groups shrink alike."""
+    """``global``: least importance for what it saves goes first; ``uniform``: all groups shrink alike."""
     max_ratio: float = 1.0
     """At most this fraction of a group's channels goes."""
 
@@ -43,7 +44,7 @@ class ChooseChannels(Pass):
             scores.values,
             parse_target(self.target),
             granularity=_granularity(self.granularity),
-            round_to=self.round_to,
+            round_to=_round_to(self.round_to),
             scope=self.scope,
             max_ratio=self.max_ratio,
         )
@@ -63,3 +64,11 @@ def _granularity(text: str) -> tuple[Granularity, ...]:
     if unknown := [n for n in names if n not in GRANULARITIES]:
         raise UsageError(f"granularity {unknown[0]!r} is not known; known: {', '.join(GRANULARITIES)}")
     return tuple(g for g in GRANULARITIES if g in names)
+
+
+def _round_to(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"round_to {text!r} is not understood: expected auto, or a number of at least 1")
+    return int(text)

@@ -30,7 +30,7 @@ class Magnitude(Pass):
     is_method: ClassVar[bool] = True
 
     norm: Literal[1, 2] = 2
-    """1: sum of absolute values; 2: root of the sum of squares."""
+    """1: sum of absolute values; 2: sum of squares, which adds up over channels and places."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Return the norm of every coupled channel."""
@@ -43,4 +43,4 @@ class Magnitude(Pass):
             return along(tensor.abs() if self.norm == 1 else tensor.square(), place.dim)
 
         values = sum_over_places(program, groups, measure)
-        return Scores(values=values if self.norm == 1 else np.sqrt(values), method=self.spec())
+        return Scores(values=values, method=self.spec())

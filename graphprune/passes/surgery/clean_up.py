@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import fx, nn
 
+from graphprune.lowering.symbolic import erase_dead
 from graphprune.pipeline import Context, Pass, SurgeryResult
 from graphprune.program import Program
 
@@ -31,7 +32,8 @@ class CleanUp(Pass):
         module = copy.deepcopy(program.module)
         removed = _bypass_identities(module, keep_dropout=self.keep_dropout)
         before = len(module.graph.nodes)
-        module.graph.eliminate_dead_code()
+        # Not torch.fx's own elimination, which takes ``x[a:b].zero_()`` for dead where nobody uses what it returns.
+        erase_dead(module.graph, module)
         removed += before - len(module.graph.nodes)
         modules = len(list(module.modules()))
         module.delete_all_unused_submodules()

@@ -1,0 +1,157 @@
+"""The models of the zoo: torchvision's own lists, and for each the smallest input that shows everything it does.
+
+Small inputs save hours and change nothing that matters here: which channels are coupled does not depend on them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+
+from graphprune.errors import UsageError
+
+__all__ = ["FAST", "SUITES", "ZooModel", "select", "torchvision_models"]
+
+Kind = Literal["classification", "segmentation", "video"]
+
+FAST = (
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "lraspp_mobilenet_v3_large",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "r3d_18",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11_bn",
+    "vit_b_32",
+)
+"""One model, the smallest, of every family that differs in how its channels are coupled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooModel:
+    """A public model, and how to build it with random weights."""
+
+    name: str
+    """Its name in torchvision."""
+    kind: Kind
+    shape: tuple[int, ...]
+    """One sample: channels, (frames,) height, width."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What its constructor gets besides ``weights=None``."""
+
+    @property
+    def input_text(self) -> str:
+        """The shape of one sample as text, ``3x64x64``."""
+        return "x".join(map(str, self.shape))
+
+    def build(self, *, seed: int = 0) -> nn.Module:
+        """Return the model with random weights, in evaluation mode; no tensor is constant."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = tv.get_model(self.name, weights=None, **self.options)
+            _vary(model)
+        return model.eval()
+
+    def example(self, *, batch: int = 1, seed: int = 0) -> Tensor:
+        """Return standard normal inputs."""
+        return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _vary(model: nn.Module) -> None:
+    """Make constant parameters and buffers vary: a slice of the wrong channels would not show in them.
+
+    Fresh models hold many: batch norms at 0 and 1, biases at 0, whole classifiers at 0.
+    """
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_floating_point() or tensor.numel() < 2:
+                continue
+            low, high = tensor.aminmax()
+            if low != high:
+                continue
+            if low == 0:
+                tensor.normal_(std=0.02)
+            else:
+                tensor.mul_(torch.empty_like(tensor).uniform_(0.5, 1.5))
+
+
+_LISTS: Mapping[Kind, ModuleType] = {
+    "classification": tv,
+    "segmentation": tv.segmentation,
+    "video": tv.video,
+}
+
+_DEFAULTS: Mapping[Kind, tuple[tuple[int, ...], Mapping[str, Any]]] = {
+    "classification": ((3, 64, 64), {}),
+    "segmentation": ((3, 64, 64), {"weights_backbone": None}),
+    "video": ((3, 8, 56, 56), {}),
+}
+
+# The longest prefix of a name decides. Windows of 7 need 224 pixels to be more than one in the last stage but one.
+_SPECIAL: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]] = {
+    "googlenet": ((3, 64, 64), {"aux_logits": False, "init_weights": True}),
+    "inception": ((3, 128, 128), {"aux_logits": False, "init_weights": True}),
+    "maxvit": ((3, 224, 224), {}),  # its grids must divide by 7 in every stage
+    "mvit": ((3, 16, 224, 224), {}),  # its constructors take no other size
+    "s3d": ((3, 14, 224, 224), {}),  # ends in a pooling window of 2x7x7
+    "swin": ((3, 224, 224), {}),
+    "swin3d": ((3, 16, 112, 112), {}),
+    "vit": ((3, 64, 64), {"image_size": 64}),
+    "vit_h_14": ((3, 56, 56), {"image_size": 56}),
+}
+
+
+def torchvision_models() -> tuple[ZooModel, ...]:
+    """Return every classification, segmentation and video model of torchvision, in the order of its own lists."""
+    return tuple(
+        _model(name, kind) for kind, module in _LISTS.items() for name in tv.list_models(module)
+    )
+
+
+def _model(name: str, kind: Kind) -> ZooModel:
+    prefix = max((p for p in _SPECIAL if name.startswith(p)), key=len, default="")
+    shape, options = _SPECIAL.get(prefix, _DEFAULTS[kind])
+    return ZooModel(name=name, kind=kind, shape=shape, options=options)
+
+
+SUITES: Mapping[str, Callable[[], tuple[ZooModel, ...]]] = {
+    "torchvision": torchvision_models,
+    "fast": lambda: select(torchvision_models(), FAST),
+}
+"""Name of a suite -> its models."""
+
+
+def select(models: Sequence[ZooModel], names: Sequence[str]) -> tuple[ZooModel, ...]:
+    """Return the models of these names, in the order of `models`.
+
+    Raises:
+        UsageError: A name is not among them; the message offers close ones.
+    """
+    known = [m.name for m in models]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            hint = f"; close: {', '.join(close)}" if close else ""
+            raise UsageError(
+                f"expected names of the suite's {len(known)} models, found {name!r}{hint}"
+            )
+    return tuple(m for m in models if m.name in names)

@@ -1,0 +1,76 @@
+"""Networks that once went wrong, each under the name of what was wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphprune.budget import choose, parse_target
+from graphprune.errors import TargetError
+from graphprune.groups import analyze
+from tests.exactness import assert_cut_is_exact, assert_identity, capture_as, random_scores
+from tests.strategies import Recipe, build
+
+FOUND = {
+    "write into a slice by a constant: the slice's end was not rewritten": Recipe(
+        rank=2, blocks=(("write_slice", 402),), tokens=(("norm", 44),), head="first", seed=31
+    ),
+    "write into a slice by a tensor: the slice's end was not rewritten": Recipe(
+        rank=2,
+        blocks=(("write_slice", 417),),
+        tokens=(("change_width", 858),),
+        head="two",
+        seed=123,
+    ),
+    "repeat_interleave: the copies were merged as a second label of the same dimension": Recipe(
+        rank=1, blocks=(("concatenation", 747),), head="literal", seed=122
+    ),
+    "depthwise multiplier then GLU: a whole row and a part of a row went together": Recipe(
+        rank=2,
+        blocks=(
+            ("linear_last", 70),
+            ("depthwise", 389),
+            ("glu", 396),
+            ("norm", 925),
+            ("order", 320),
+        ),
+        head="flatten",
+        seed=1080,
+    ),
+    "pixel shuffle of coupled channels: the factor was cut": Recipe(
+        rank=2, blocks=(("order", 658), ("residual", 748), ("pixels", 9)), head="view", seed=595
+    ),
+    "pixel shuffle then pad: the factor was cut": Recipe(
+        rank=2,
+        blocks=(
+            ("norm", 354),
+            ("shared", 4),
+            ("norm", 397),
+            ("pixels", 314),
+            ("pad_channels", 105),
+        ),
+        head="flatten",
+        seed=2150,
+    ),
+    "blocks that are members of each other: closing one emptied the tensor": Recipe(
+        rank=2,
+        blocks=(("residual", 218), ("pad_channels", 783)),
+        tokens=(("mlp", 348), ("parameter", 246), ("convolve", 646)),
+        head="view",
+        seed=2259,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_network_that_once_went_wrong_is_cut_exactly(what: str) -> None:
+    recipe = FOUND[what]
+    program = capture_as(*build(recipe), "fx")
+    groups = analyze(program)
+    assert_identity(program, groups)
+    for text in ("ratio=0.3", "ratio=0.6", "macs=0.6", "params=0.7"):
+        try:
+            choice = choose(groups, random_scores(groups, recipe.seed), parse_target(text))
+        except TargetError as error:
+            assert "cannot be reached" in str(error)
+            continue
+        assert_cut_is_exact(program, groups, choice.keep)
