@@ -130,7 +130,7 @@ _FULL_SIZE: Mapping[str, tuple[int, ...]] = {
 
 
 def compare(
-    model: ZooModel, *, ratio: float = 0.5, repeats: int = 3, limit_s: float = 30.0
+    model: ZooModel, *, ratio: float = 0.5, repeats: int = 3, limit_s: float = 40.0
 ) -> Comparison:
     """Time both sides on one model.
 

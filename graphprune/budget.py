@@ -30,6 +30,12 @@ SLACK = 0.002
 """Land at most this fraction of the dense model below the target, where units are fine enough."""
 REFILL_TRIALS = 1000
 """How many units are tried, one by one, when the budget left over is filled up."""
+NEAR = 0.005
+"""Further than this below the target, units are exchanged to come nearer."""
+EXCHANGE_TRIALS = 100
+"""How many units on either side of the limit are tried for an exchange."""
+EXCHANGE_WORK = 20_000_000
+"""How many channels are counted, over all trials of exchanges."""
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -120,7 +126,7 @@ def choose(
         round_to: Kept channels of every group are a multiple of this, where the dense count allows it.
         ``auto``: of 8, or
             of a quarter of a small group, or of less where the target would be missed by more than 1 % otherwise.
-        scope: ``global`` takes the units with the least importance for what they save (MACs, parameters, or both, as
+        scope: ``global`` takes the units with the least loss for what they save (MACs, parameters, or both, as
             the target limits them): the greedy solution of the knapsack that a budget is. ``uniform`` ranks within each
             group, so that all groups shrink alike.
         max_ratio: At most this fraction of a group's channels goes.
@@ -141,7 +147,12 @@ def choose(
         return _choose(groups, units, free, target, scope, lambda size: round_to)
     for limit in AUTO_STEPS:
         step_of = functools.partial(_quarter, limit=limit)
-        choice = _choose(groups, units, free, target, scope, step_of)
+        try:
+            choice = _choose(groups, units, free, target, scope, step_of)
+        except TargetError:
+            if limit == 1:
+                raise
+            continue  # smaller steps reach further
         if limit == 1 or _is_near(choice.cost, target, groups.cost.total()):
             break
     return choice
@@ -255,15 +266,29 @@ def _ordered(
             key[inside] = np.searchsorted(np.sort(scores), scores) / len(inside)
         keys = _means(key, bundles)
     else:
-        keys = _sums(_total_scores(units), bundles) / _sums(
+        keys = _sums(_losses(units), bundles) / _sums(
             _savings(groups, units, target), bundles
         )
     return [bundles[i] for i in np.argsort(keys, kind="stable")]
 
 
-def _total_scores(units: Units) -> NDArray[np.float64]:
-    """Return the importance that goes with each unit: scores are means over its channels."""
-    return units.score * np.diff(units.starts)
+def _losses(units: Units) -> NDArray[np.float64]:
+    """Return what is lost with each unit, when those of its group that score less have gone before.
+
+    The first units of a group cost their importance; the last ones more, for they are all that the layer has left:
+
+        loss of unit j = S log(R_j / R_{j+1}),   S = sum of the group's importance, R_j = what is left of it before j
+
+    so that no layer is emptied because its weights are small.
+    """
+    total = units.score * np.diff(units.starts)
+    losses = np.zeros(len(units))
+    for inside in _by_group(units, np.arange(len(units))):
+        ranked = inside[np.argsort(total[inside], kind="stable")]
+        left = total[ranked][::-1].cumsum()[::-1]
+        after = np.maximum(np.append(left[1:], 0.0), 1e-12 * left[0])
+        losses[ranked] = left[0] * np.log(np.maximum(left, 1e-300) / np.maximum(after, 1e-300))
+    return losses
 
 
 def _savings(groups: DependencyGroups, units: Units, target: Target) -> NDArray[np.float64]:
@@ -295,13 +320,18 @@ def _means(values: NDArray[np.float64], bundles: Bundles) -> NDArray[np.float64]
 def _by_ratio(units: Units, bundles: Bundles, ratio: float) -> Flags:
     """Remove up to the same fraction of every group, worst first."""
     removed = np.zeros(len(units), np.bool_)
-    key = units.group * 2 + units.is_head
-    room = np.floor(ratio * np.bincount(key) + 1e-9).astype(np.int64) if len(units) else key
-    for i in np.argsort(_means(units.score, bundles), kind="stable"):
-        kind = key[bundles[i][0]]
-        if len(bundles[i]) <= room[kind]:
-            room[kind] -= len(bundles[i])
-            removed[bundles[i]] = True
+    if not bundles:
+        return removed
+    kind = units.group * 2 + units.is_head
+    room = np.floor(ratio * np.bincount(kind) + 1e-9)
+    bundle_kind = kind[np.array([b[0] for b in bundles])]
+    order = np.lexsort((_means(units.score, bundles), bundle_kind))
+    taken = np.cumsum([len(bundles[i]) for i in order])
+    starts = np.flatnonzero(np.diff(bundle_kind[order], prepend=-1))
+    before = np.concatenate([[0], taken])[starts]
+    taken = taken - np.repeat(before, np.diff([*starts, len(order)]))
+    for i in order[taken <= room[bundle_kind[order]]]:
+        removed[bundles[i]] = True
     return removed
 
 
@@ -342,6 +372,9 @@ def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: T
     def cost(removed: Flags) -> Cost:
         return groups.cost.total(groups.close(units.without(removed, groups.num_channels)))
 
+    def room(removed: Flags) -> float:
+        return _room(cost(removed), limits, dense)
+
     def fits(found: Cost) -> bool:
         return found.macs <= limits.macs and found.params <= limits.params
 
@@ -351,14 +384,62 @@ def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: T
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(cost(rank < middle)) else (middle + 1, high)
-    removed = rank < low
-    for bundle in reversed(order[max(0, low - REFILL_TRIALS) : low]):
-        if _room(cost(removed), limits, dense) <= SLACK:
+    removed = _refill(rank < low, order[max(0, low - REFILL_TRIALS) : low], room)
+    trials = EXCHANGE_WORK // max(1, groups.num_channels)
+    return _exchange(removed, order, low, room, trials)
+
+
+def _refill(removed: Flags, order: Bundles, room: Callable[[Flags], float]) -> Flags:
+    """Put back what fits under the limits, the most important first."""
+    removed = removed.copy()
+    left = room(removed)
+    for bundle in reversed(order):
+        if left <= SLACK:
             break
-        removed[bundle] = False
-        if not fits(cost(removed)):
-            removed[bundle] = True
+        if removed[bundle].all():
+            removed[bundle] = False
+            if (after := room(removed)) < 0:
+                removed[bundle] = True
+            else:
+                left = after
     return removed
+
+
+def _exchange(
+    removed: Flags, order: Bundles, taken: int, room: Callable[[Flags], float], trials: int
+) -> Flags:
+    """Exchange a unit on one side of the limit for others on the other side, where that comes nearer to it.
+
+    In a small network a single channel may be worth more than the distance to the limit. Nothing happens in one that is
+    near already, and little in a large one: `trials` is how often the cost may be asked for.
+    """
+    best = room(removed)
+    before, after = order[max(0, taken - EXCHANGE_TRIALS) : taken], order[taken:][:EXCHANGE_TRIALS]
+    bundles = (*after, *reversed(before))
+    if not NEAR < best < math.inf or trials < 2 * len(bundles):
+        return removed
+    saving = [abs(room(_flipped(removed, b)) - best) for b in after]
+    for bundle in bundles[: trials // len(bundles)]:
+        trial = _flipped(removed, bundle)
+        size = abs(room(trial) - best)
+        for other, fine in zip(after, saving, strict=True):
+            if room(trial) >= 0:
+                break
+            if fine <= size / 2:
+                trial[other] = True
+        trial = _refill(trial, before, room)
+        if 0 <= (found := room(trial)) < best:
+            removed, best = trial, found
+            if best <= NEAR:
+                break
+    return removed
+
+
+def _flipped(removed: Flags, bundle: Atoms) -> Flags:
+    """Return `removed` with a bundle put back, or taken."""
+    flipped = removed.copy()
+    flipped[bundle] = ~flipped[bundle]
+    return flipped
 
 
 def _room(cost: Cost, limits: Cost, dense: Cost) -> float:

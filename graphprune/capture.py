@@ -24,9 +24,11 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._pytree import tree_leaves
 
-from graphprune.errors import CaptureError, InputError, LoadError
+from graphprune.errors import AnalysisError, CaptureError, InputError, LoadError
 from graphprune.inputs import infer_inputs
+from graphprune.labels import propagate
 from graphprune.load import ScriptedModel, load_model, load_weights
 from graphprune.lowering import copies, exported, sized, symbolic
 from graphprune.lowering.sized import may_vary, resize
@@ -96,7 +98,9 @@ def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -
             reasons.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
         # A symbolic graph is the model's own computation, or the trace failed; a sized one may have followed a branch.
-        agreed = _agrees(module if name == "torch.fx" else model, module, inputs)
+        same = name == "torch.fx"
+        agreed = _is_dynamic(module, inputs) if same and may_vary(inputs) else None
+        agreed = agreed or _agrees(module if same else model, module, inputs)
         if agreed is not None:
             return Program(
                 module=module,
@@ -256,6 +260,19 @@ def _agrees(model: nn.Module, module: fx.GraphModule, inputs: tuple[Tensor, ...]
     return None
 
 
+def _is_dynamic(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> bool | None:
+    """Return True where the graph runs on labels at another batch size and its outputs follow, else None."""
+    program = Program(
+        module=module, example_inputs=inputs, dialect="fx", dynamic_batch=True, source=""
+    )
+    try:
+        values = propagate(program, batch=_PROBE_BATCH).values
+    except AnalysisError:
+        return None
+    outputs = [info for info in tree_leaves(list(values.values())[-1]) if hasattr(info, "shape")]
+    return all(info.shape[:1] == (_PROBE_BATCH,) for info in outputs) or None
+
+
 def _shapes(
     module: nn.Module, inputs: tuple[Tensor, ...], batch: int | None
 ) -> list[tuple[int, ...]] | None:
@@ -313,7 +330,7 @@ def _check_accepts(model: nn.Module, inputs: tuple[Tensor, ...], source: str) ->
         where = f"module {name} ({kind})" if name else f"the model itself ({kind})"
         raise InputError(
             f"{source} does not accept example inputs of shape {given}: {where} failed on {shapes}: "
-            f"{_first_line(error)}. If the shape is wrong, give another with --input 1x3x224x224"
+            f"{_first_line(error)}. If shape or type is wrong, give others with --input 1x3x224x224 or 1x16:int64"
         ) from error
     finally:
         for handle in handles:

@@ -149,8 +149,9 @@ def _call_factory(module_name: str, name: str) -> nn.Module:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        plain = f" (write {module_name[:-3]}:{name})" if module_name.endswith(".py") else ""
         raise LoadError(
-            f"{where}: there is no module {error.name!r} here or installed; {_FORMS}"
+            f"{where}: there is no module {error.name!r} here or installed{plain}; {_FORMS}"
         ) from error
     # The user's own module runs here: whatever it raises belongs to the message.
     except Exception as error:

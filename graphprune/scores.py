@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Facts
 from graphprune.program import Program
 
-__all__ = ["Scores", "along", "sum_over_places"]
+__all__ = ["Scores", "along", "norms_along", "sum_over_places"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,33 @@ def along(tensor: Tensor, dim: int) -> NDArray[np.float64]:
     summed = tensor.sum(others) if others else tensor
     result: NDArray[np.float64] = summed.detach().double().cpu().numpy()
     return result
+
+
+def norms_along(tensor: Tensor, dim: int, *, order: int) -> NDArray[np.float64]:
+    """Return the sum of ``|w| ** order`` over all dimensions but `dim`, for `order` 1 or 2.
+
+    Written so that no temporary is as large as the tensor: a norm over trailing dimensions is one pass over memory.
+    """
+    data = tensor.detach()
+    if dim == 0:
+        return _power(torch.linalg.vector_norm(data, order, dim=list(range(1, data.dim()))), order)
+    if dim == 1 and data.dim() > 2:
+        data = torch.linalg.vector_norm(data, order, dim=list(range(2, data.dim())))
+    if data.dim() > 2:
+        return along(data.abs() ** order, dim)
+    rows = max(1, _CHUNK // max(1, data.shape[1]))
+    return np.sum([_power(part, order).sum(axis=0) for part in data.split(rows)], axis=0)
+
+
+_CHUNK = 1 << 18
+"""Elements that are squared at a time: what stays in a core's cache."""
+
+
+def _power(tensor: Tensor, order: int) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = (
+        (tensor.square() if order == 2 else tensor.abs()).double().cpu().numpy()
+    )
+    return values
 
 
 def sum_over_places(

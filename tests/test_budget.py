@@ -110,9 +110,7 @@ def test_uniform_scope_takes_alike_from_every_group() -> None:
     assert max(kept) - min(kept) < 0.15
 
 
-@pytest.mark.parametrize(
-    ("params", "macs"), [(0.5, 0.5), (0.4, 0.7), (0.8, 0.5), (1.0, 0.5)]
-)
+@pytest.mark.parametrize(("params", "macs"), [(0.5, 0.5), (0.4, 0.7), (0.8, 0.5), (1.0, 0.5)])
 def test_several_limits_all_hold_and_one_is_met(params: float, macs: float) -> None:
     groups = analysed("resnet20")
     choice = choose(groups, random_scores(groups, 3), Target(params=params, macs=macs))
@@ -175,9 +173,7 @@ class TestRound:
     @pytest.mark.parametrize("target", ["macs=0.6", "ratio=0.5"])
     def test_kept_channels_are_multiples(self, round_to: int, target: str) -> None:
         groups = analysed("resnet20")
-        choice = choose(
-            groups, random_scores(groups, 8), parse_target(target), round_to=round_to
-        )
+        choice = choose(groups, random_scores(groups, 8), parse_target(target), round_to=round_to)
         assert groups.violations(choice.keep) == []
         for group in groups:
             if not group.pinned and len(group) % round_to == 0:

@@ -47,9 +47,7 @@ def test_channels_of_different_heads_are_tied_the_least_important_first() -> Non
     scores = random_scores(groups, 0)
     units = find_units(groups, scores)
     values = groups.channels_of(Place("blocks.0.attention.in_proj_weight", 0))[48:].reshape(4, 6)
-    tied = [
-        units.members(u) for u in range(len(units)) if np.isin(units.members(u), values).any()
-    ]
+    tied = [units.members(u) for u in range(len(units)) if np.isin(units.members(u), values).any()]
     assert len(tied) == 6
     for members in tied:
         assert [np.isin(members, head).sum() for head in values] == [1, 1, 1, 1]

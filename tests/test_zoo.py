@@ -18,7 +18,8 @@ import torchvision.models as tv
 from torch import nn
 
 from graphprune.check import Check
-from graphprune.errors import UsageError
+from graphprune.cost import Cost
+from graphprune.errors import OutputError, PassError, TargetError, UsageError
 from graphprune.zoo import (
     SUITES,
     Job,
@@ -32,6 +33,8 @@ from graphprune.zoo import (
     torchvision_models,
 )
 from graphprune.zoo import models as zoo_models
+from graphprune.zoo.row import _require_costs
+from graphprune.zoo.suite import _append, _Worker
 
 TOOL = Path(__file__).parents[1] / "tools" / "zoo"
 TINY = ZooModel(
@@ -87,8 +90,8 @@ def test_the_longest_prefix_decides() -> None:
     by_name = {m.name: m for m in torchvision_models()}
     assert by_name["vit_h_14"].shape == (3, 56, 56)
     assert by_name["vit_b_16"].shape == (3, 64, 64)
-    assert by_name["swin3d_t"].input_text == "3x16x112x112"
-    assert by_name["swin_t"].input_text == "3x224x224"
+    assert by_name["swin3d_t"].input_text == "3x8x64x64"
+    assert by_name["swin_t"].input_text == "3x128x128"
 
 
 def test_the_fast_suite_covers_the_families() -> None:
@@ -161,10 +164,6 @@ def test_a_model_that_cannot_be_built_is_a_row() -> None:
 
 @pytest.mark.parametrize(("kept", "is_near"), [(495, True), (500, True), (494, False)])
 def test_a_choice_must_come_near_the_target(kept: int, is_near: bool) -> None:
-    from graphprune.cost import Cost
-    from graphprune.errors import TargetError
-    from graphprune.zoo.row import _require_costs
-
     def check() -> None:
         row = dataclasses.replace(ROW, params=(100, 50))
         _require_costs(row, Cost(params=50, macs=kept), Cost(params=100, macs=1000))
@@ -176,13 +175,11 @@ def test_a_choice_must_come_near_the_target(kept: int, is_near: bool) -> None:
         check()
 
 
-def test_more_parameters_than_predicted_are_refused() -> None:
-    from graphprune.cost import Cost
-    from graphprune.errors import PassError
-    from graphprune.zoo.row import _require_costs
-
+def test_other_parameters_than_predicted_are_refused() -> None:
     row = dataclasses.replace(ROW, params=(100, 51))
-    with pytest.raises(PassError, match="expected 50 parameters after the cut, found 51"):
+    with pytest.raises(
+        PassError, match=r"expected parameters \(100, 50\) from the cost model, found \(100, 51\)"
+    ):
         _require_costs(row, Cost(params=50, macs=500), Cost(params=100, macs=1000))
 
 
@@ -203,32 +200,43 @@ class Sleeping(ZooModel):
         raise AssertionError
 
 
-def test_a_worker_that_dies_or_hangs_is_a_row_and_the_run_goes_on(tmp_path: Path) -> None:
-    kept = dataclasses.replace(ROW, job=Job(export=False))
-    models = [
-        ZooModel(name="resnet18", kind="classification", shape=(3, 64, 64)),
-        Dying(name="dying", kind="video", shape=(3, 8, 8)),
-        Sleeping(name="sleeping", kind="video", shape=(3, 8, 8)),
-        TINY,
-    ]
-    log = tmp_path / "rows.jsonl"
-    seen: list[tuple[str, int]] = []
+def test_a_worker_that_hangs_or_dies_is_a_row_and_the_next_one_takes_over() -> None:
+    job = Job(export=False)
+    sleeping = Sleeping(name="sleeping", kind="video", shape=(3, 8, 8))
+    dying = Dying(name="dying", kind="video", shape=(3, 8, 8))
+    with _Worker(threads=1, timeout_s=300.0) as worker:
+        assert worker.run(TINY, job).failure is None
+        worker.timeout_s = 1.0
+        assert worker.run(sleeping, job).failure == "given up after 1 s"
+        worker.timeout_s = 300.0
+        row = worker.run(dying, job)
+    assert row.failure == "the process died with exit code 7"
+    assert (row.model, row.kind, row.input) == ("dying", "video", "3x8x8")
+
+
+def test_rows_are_written_down_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(self: Any, model: ZooModel, job: Job) -> Row:
+        return dataclasses.replace(ROW, model=model.name, input=model.input_text, job=job)
+
+    monkeypatch.setattr("graphprune.zoo.suite._Worker.run", run)
+    log, seen = tmp_path / "rows.jsonl", []
     rows = run_suite(
-        models,
-        Job(export=False),
-        done=[kept],
+        [dataclasses.replace(TINY, name=n) for n in ("c", "a", "b")],
+        Job(),
+        done=[dataclasses.replace(ROW, model="a", input="3x32x32")],
         log=log,
-        timeout_s=30.0,
-        threads=1,
-        notify=lambda row, rows: seen.append((row.model, len(rows))),
+        notify=lambda row, rows: seen.append((row.model, [r.model for r in rows])),
     )
-    assert [r.model for r in rows] == ["resnet18", "dying", "sleeping", "squeezenet1_1"]
-    assert rows[0] is kept
-    assert rows[1].failure == "the process died with exit code 7"
-    assert rows[2].failure == "given up after 30 s"
-    assert rows[3].failure is None
-    assert seen == [("dying", 2), ("sleeping", 3), ("squeezenet1_1", 4)]
-    assert load_rows(log) == {r.model: r for r in rows[1:]}
+    assert [r.model for r in rows] == ["c", "a", "b"]
+    assert seen == [("c", ["c", "a"]), ("b", ["c", "a", "b"])]
+    assert list(load_rows(log)) == ["c", "b"]
+
+
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write rows to"):
+        _append(tmp_path / "missing" / "rows.jsonl", ROW)
 
 
 def test_what_failed_or_was_done_otherwise_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +264,6 @@ def test_what_failed_or_was_done_otherwise_is_run_again(monkeypatch: pytest.Monk
 
 
 def test_a_line_that_a_killed_run_left_unfinished_is_no_row(tmp_path: Path) -> None:
-    from graphprune.zoo.suite import _append
-
     log = tmp_path / "rows.jsonl"
     assert load_rows(log) == {}
     _append(log, ROW)
@@ -267,8 +273,6 @@ def test_a_line_that_a_killed_run_left_unfinished_is_no_row(tmp_path: Path) -> N
 
 
 def test_a_row_after_an_unfinished_line_is_whole(tmp_path: Path) -> None:
-    from graphprune.zoo.suite import _append
-
     log = tmp_path / "rows.jsonl"
     log.write_text('{"model": "alex')
     _append(log, ROW)

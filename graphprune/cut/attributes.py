@@ -34,15 +34,16 @@ def attributes_of(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
     return register
 
 
-def update_attributes(module: fx.GraphModule, shapes: Shapes) -> dict[str, dict[str, Any]]:
-    """Write the new sizes into the modules that the graph calls, and return what changed.
+def update_attributes(
+    graph: fx.Graph, modules: Mapping[str, Any], shapes: Shapes
+) -> dict[str, dict[str, Any]]:
+    """Write the new sizes into the modules that `graph` calls, and return what changed.
 
     Raises:
         AnalysisError: A module whose tensors were cut is of a kind that has no rule.
     """
-    modules = dict(module.named_modules())
     changes: dict[str, dict[str, Any]] = {}
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if node.op != "call_module" or not node.args:
             continue
         before, after = shapes.info(node.args[0]), shapes.info(node)

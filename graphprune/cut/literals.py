@@ -108,12 +108,12 @@ def literals_of(*names: str) -> Callable[[Row], Row]:
     return register
 
 
-def rewrite_literals(module: fx.GraphModule, shapes: Shapes) -> list[LiteralChange]:
+def rewrite_literals(graph: fx.Graph, shapes: Shapes) -> list[LiteralChange]:
     """Rewrite every size in the graph that the cut changes, and return what was rewritten."""
     numbers = Numbers(shapes, batch=BATCH)
     other = Numbers(shapes, batch=BATCH + 1)
     changes: list[LiteralChange] = []
-    for node in list(module.graph.nodes):
+    for node in list(graph.nodes):
         if node.op == "output":
             continue
         if _bare_name(node) == "setitem":
@@ -129,8 +129,6 @@ def rewrite_literals(module: fx.GraphModule, shapes: Shapes) -> list[LiteralChan
             before = (node.args, dict(node.kwargs), node.target)
             _rewrite(node, shapes, numbers, other)
             changes += _differences(node, before)
-        numbers.tensor(node)
-        other.tensor(node)
     return changes
 
 
@@ -290,7 +288,7 @@ def _split(site: Site) -> None:
     source = site.node.args[0]
     site.node.op = "call_function"
     site.node.target = torch.ops.aten.split_with_sizes.default
-    site.node.args = (source, sizes, dim)  # type: ignore[assignment]
+    site.node.args = (source, sizes, dim)
     site.node.kwargs = {}
 
 
@@ -394,7 +392,9 @@ def _pad(site: Site) -> None:
     given: Any = site.arg(1, "pad")
     old = [site.shapes.values[g.name] if isinstance(g, fx.Node) else g for g in given]
     widths = pad_widths(site.shapes, before, after, old)
-    site.put(1, "pad", type(given)(site.size(g, w) for g, w in zip(given, widths, strict=True)))
+    # A width of -1 takes one channel away; it is no size to be inferred.
+    pairs = zip(given, widths, strict=True)
+    site.put(1, "pad", type(given)(w if isinstance(g, int) else site.size(g, w) for g, w in pairs))
 
 
 @literals_of("layer_norm", "rms_norm", "native_layer_norm")

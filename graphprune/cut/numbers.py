@@ -29,14 +29,10 @@ class Numbers:
         self._batch = batch
         self._env: dict[fx.Node, Any] = {}
 
-    def tensor(self, node: fx.Node) -> None:
-        """Note what a tensor-valued node produces."""
-        self._env[node] = self._stand_in(self._shapes.values[node.name])
-
     def number(self, node: fx.Node) -> None:
         """Evaluate a number-valued node."""
-        args = map_arg(node.args, self._env.__getitem__)
-        kwargs = map_arg(node.kwargs, self._env.__getitem__)
+        args = map_arg(node.args, self._lookup)
+        kwargs = map_arg(node.kwargs, self._lookup)
         if node.op == "call_method":
             self._env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         elif node.op == "call_function":
@@ -46,7 +42,13 @@ class Numbers:
 
     def value(self, argument: Any) -> Any:
         """Return what an argument of a node evaluates to."""
-        return map_arg(argument, self._env.__getitem__)
+        return map_arg(argument, self._lookup)
+
+    def _lookup(self, node: fx.Node) -> Any:
+        """Return the value of a number-valued node, or a stand-in for what another node produces."""
+        if node not in self._env:
+            self._env[node] = self._stand_in(self._shapes.values[node.name])
+        return self._env[node]
 
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, TensorInfo):

@@ -65,13 +65,13 @@ def cut_program(
     Raises:
         AnalysisError: A module or a node holds a size that no table knows how to rewrite.
     """
-    memo = _sliced(program.module, groups, keep)
-    module = _copy_with(program.module, memo)
+    tensors = _sliced(program.module, groups, keep)
+    modules = _copied_modules(program.module, tensors)
+    graph = copy.deepcopy(program.module.graph)
     shapes = Shapes(groups.labels, keep[groups.channel_of] if groups.num_channels else keep)
-    attributes = update_attributes(module, shapes)
-    literals = rewrite_literals(module, shapes)
-    if literals:
-        module.recompile()
+    attributes = update_attributes(graph, modules, shapes)
+    literals = rewrite_literals(graph, shapes)
+    module = fx.GraphModule(modules, graph, class_name=type(program.module).__name__).eval()
     return Cut(
         program=program.evolve(module, step=step), attributes=attributes, literals=tuple(literals)
     )
@@ -99,16 +99,32 @@ def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dic
     return memo
 
 
-def _copy_with(module: fx.GraphModule, tensors: dict[int, Tensor]) -> fx.GraphModule:
-    """Return a copy of graph and modules that holds the given tensors in place of its own."""
-    tree = copy_structure(module)
-    for clone in tree.modules():
-        registries: tuple[dict[str, Any], ...] = (clone._parameters, clone._buffers, clone.__dict__)
+def _copied_modules(module: fx.GraphModule, tensors: dict[int, Tensor]) -> dict[str, Any]:
+    """Return what the graph calls and reads, by name: copies of its modules that hold the given tensors."""
+    copies: dict[int, nn.Module] = {}
+    found: dict[str, Any] = {}
+    for node in module.graph.nodes:
+        if node.op not in ("call_module", "get_attr") or node.target in found:
+            continue
+        value = operator.attrgetter(str(node.target))(module)
+        if isinstance(value, Tensor):
+            found[str(node.target)] = tensors[id(value)]
+            continue
+        if id(value) not in copies:
+            copies[id(value)] = _with_tensors(copy_structure(value), tensors)
+        found[str(node.target)] = copies[id(value)]
+    return found
+
+
+def _with_tensors(tree: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
+    for module in tree.modules():
+        registries: tuple[dict[str, Any], ...] = (
+            module._parameters,
+            module._buffers,
+            module.__dict__,
+        )
         for registry in registries:
             for name, value in registry.items():
                 if isinstance(value, Tensor):
                     registry[name] = tensors[id(value)]
-    used = [n for n in module.graph.nodes if n.op in ("call_module", "get_attr")]
-    root = {str(n.target): operator.attrgetter(str(n.target))(tree) for n in used}
-    result = fx.GraphModule(root, copy.deepcopy(module.graph), class_name=type(module).__name__)
-    return result.eval()
+    return tree

@@ -75,8 +75,7 @@ class MacTerm:
 
 @dataclass
 class Source:
-    """A tensor that brings its own atoms: a parameter, a buffer, or a constant fill. Dimensions are labelled on
-    demand."""
+    """A tensor that brings its own atoms, along each dimension on demand: a parameter, a buffer, a constant fill."""
 
     name: str
     shape: tuple[int, ...]
@@ -175,8 +174,7 @@ class Trace:
             self._sources.setdefault(id(tensor), Source(name, tuple(tensor.shape), self.table))
 
     def sources(self) -> dict[str, Source]:
-        """Return the labelled parameters, buffers and constants of the program by name, in the order of their
-        first use."""
+        """Return the labelled tensors of the program by name, in the order of their first use."""
         labelled = (s for s in self._sources.values() if s.name and s.atoms)
         # Atoms are numbered as the graph asks for them.
         first_used = sorted(labelled, key=lambda s: min(int(a[0]) for a in s.atoms.values()))
@@ -336,7 +334,7 @@ class _LabelMode(TorchDispatchMode):
     """Sends every operator to its rule."""
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
 
     def __torch_dispatch__(
@@ -408,14 +406,15 @@ def _settled(value: Any) -> Any:
 def _without_view_tracking() -> Any:
     """Keep autograd from giving views of parameters, which are no inference tensors, identities of their own."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    return torch._C._ExcludeDispatchKeyGuard(keys)  # type: ignore[no-untyped-call]
+    return torch._C._ExcludeDispatchKeyGuard(keys)
 
 
-def propagate(program: Program) -> Labels:
+def propagate(program: Program, *, batch: int = BATCH) -> Labels:
     """Run `program` on labels.
 
     Args:
         program: What `capture` returned; not changed.
+        batch: Size of dim 0 of the inputs, where the program takes any.
 
     Returns:
         The labels of every node's output and the facts about atoms.
@@ -428,14 +427,14 @@ def propagate(program: Program) -> Labels:
     for example in program.example_inputs:
         shape = list(example.shape)
         if program.dynamic_batch and shape:
-            shape[0] = BATCH
+            shape[0] = batch
         inputs.append(
             torch.empty(shape, dtype=example.dtype, device="meta")
             if example.is_floating_point()
-            else program.batch(BATCH)[len(inputs)]
+            else program.batch(batch)[len(inputs)]
         )
-    batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
-    trace.scale = 1.0 / max(1, batch)
+    samples = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    trace.scale = 1.0 / max(1, samples)
     values: dict[str, Any] = {}
     with torch.inference_mode(), _without_view_tracking(), _LabelMode(trace):
         _run_graph(program.module, inputs, trace, values)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import operator
 from typing import Any
 
@@ -51,7 +53,9 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool) -> Ex
         signature_is_variadic = _takes_varargs(model)
         if signature_is_variadic:
             shapes = (shapes,)
-    with lowered_attention(), torch.no_grad():
+    # Where tracing fails, torch prints the graph so far on stderr; the error says enough.
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with lowered_attention(), torch.no_grad(), quiet:
         return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
 
 

@@ -100,10 +100,10 @@ class Inspection:
 
     def _groups_table(self, free: list[DependencyGroup]) -> Table:
         table = Table(box=TABLE_BOX, pad_edge=False)
-        table.add_column(f"largest groups (of {len(free)})")
+        table.add_column(f"largest groups (of {len(free)})", overflow="fold")
         table.add_column("channels", justify="right")
         table.add_column("places", justify="right")
-        table.add_column("also lives in")
+        table.add_column("also lives in", overflow="fold")
         for group in sorted(free, key=lambda g: -len(g))[:MOST_ROWS]:
             others = ", ".join(map(str, group.places[1 : 1 + MOST_PLACES]))
             dots = ", ..." if len(group.places) > 1 + MOST_PLACES else ""

@@ -106,15 +106,15 @@ _DEFAULTS: Mapping[Kind, tuple[tuple[int, ...], Mapping[str, Any]]] = {
     "video": ((3, 8, 56, 56), {}),
 }
 
-# The longest prefix of a name decides. Windows of 7 need 224 pixels to be more than one in the last stage but one.
+# The longest prefix of a name decides. Windows of 7 want sides that they do not divide, of more than one window.
 _SPECIAL: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]] = {
     "googlenet": ((3, 64, 64), {"aux_logits": False, "init_weights": True}),
     "inception": ((3, 128, 128), {"aux_logits": False, "init_weights": True}),
     "maxvit": ((3, 224, 224), {}),  # its grids must divide by 7 in every stage
     "mvit": ((3, 16, 224, 224), {}),  # its constructors take no other size
     "s3d": ((3, 14, 224, 224), {}),  # ends in a pooling window of 2x7x7
-    "swin": ((3, 224, 224), {}),
-    "swin3d": ((3, 16, 112, 112), {}),
+    "swin": ((3, 128, 128), {}),
+    "swin3d": ((3, 8, 64, 64), {}),
     "vit": ((3, 64, 64), {"image_size": 64}),
     "vit_h_14": ((3, 56, 56), {"image_size": 56}),
 }

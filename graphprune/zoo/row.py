@@ -190,11 +190,9 @@ def _require_costs(row: Row, after: Cost, dense: Cost) -> None:
                 f"{dense.params:,} parameters)"
             )
     assert row.params is not None
-    # Parameters that no node uses (an auxiliary classifier) are dropped with their modules, beyond the prediction.
-    if row.params[1] > after.params:
-        raise PassError(
-            f"expected {after.params:,} parameters after the cut, found {row.params[1]:,}"
-        )
+    predicted = (dense.params, after.params)
+    if row.params != predicted:
+        raise PassError(f"expected parameters {predicted} from the cost model, found {row.params}")
 
 
 def _text(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
-from graphprune.scores import Scores, along, sum_over_places
+from graphprune.scores import Scores, norms_along, sum_over_places
 
 __all__ = ["Magnitude"]
 
@@ -40,7 +40,7 @@ class Magnitude(Pass):
             # Vectors (biases, norms) have their own scale; the matrices that make and read a channel say more.
             if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
                 return None
-            return along(tensor.abs() if self.norm == 1 else tensor.square(), place.dim)
+            return norms_along(tensor, place.dim, order=self.norm)
 
         values = sum_over_places(program, groups, measure)
         return Scores(values=values, method=self.spec())

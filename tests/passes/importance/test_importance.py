@@ -1,0 +1,201 @@
+"""Importance passes: what they measure, that they repeat, and what they need."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune import registry
+from graphprune.data import DataSource, load_data
+from graphprune.errors import DataError, UsageError
+from graphprune.groups import DependencyGroups, Place, analyze
+from graphprune.pipeline import Context, Pass
+from graphprune.program import Program
+from graphprune.scores import Scores, along, sum_over_places
+from tests.models import tiny_transformer
+from tests.strategies import randomize
+
+
+class Digits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+@pytest.fixture
+def program() -> Program:
+    model = Digits()
+    randomize(model)
+    return gp.capture(model.eval(), torch.randn(1, 1, 8, 8))
+
+
+@pytest.fixture
+def groups(program: Program) -> DependencyGroups:
+    return analyze(program)
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSource:
+    return load_data("digits")
+
+
+def score(text: str, program: Program, data: DataSource | None = None, *, seed: int = 0) -> Scores:
+    (step,) = gp.Pipeline.parse(text).passes
+    facts = {DependencyGroups: analyze(program)}
+    found = step.run(program, Context(facts=facts, dense=program, data=data, seed=seed))
+    assert isinstance(found, Scores)
+    assert found.method == text
+    return found
+
+
+def at(scores: Scores, groups: DependencyGroups, name: str) -> np.ndarray:
+    return np.asarray(scores.values[groups.channels_of(Place(name, 0))])
+
+
+METHODS = ("magnitude", "bn-scale", "activation", "taylor", "random")
+
+
+def test_every_importance_pass_is_a_method_that_is_tested_here() -> None:
+    assert set(METHODS) == set(registry.methods())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_are_finite_repeat_and_change_nothing(
+    name: str, program: Program, groups: DependencyGroups, data: DataSource
+) -> None:
+    text, values = str(program), {n: t.clone() for n, t in program.named_tensors()}
+    first, second = (score(name, program, data, seed=3) for _ in range(2))
+    assert np.array_equal(first.values, second.values)
+    assert first.values.shape == (groups.num_channels,)
+    assert np.isfinite(first.values).all()
+    assert (first.values >= 0).all()
+    assert at(first, groups, "conv1.weight").std() > 0
+    assert str(program) == text
+    for n, tensor in program.named_tensors():
+        assert torch.equal(tensor, values[n])
+        assert tensor.grad is None
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_magnitude_sums_rows_and_columns(
+    norm: int, program: Program, groups: DependencyGroups
+) -> None:
+    scores = score("magnitude" if norm == 2 else "magnitude{norm=1}", program)
+    power = torch.abs if norm == 1 else torch.square
+    parameters = dict(program.module.named_parameters())
+    rows = power(parameters["conv1.weight"]).sum((1, 2, 3))
+    columns = power(parameters["conv2.weight"]).sum((0, 2, 3))
+    expected = (rows + columns).detach().numpy()
+    assert np.allclose(at(scores, groups, "conv1.weight"), expected, rtol=1e-5)
+
+
+def test_batch_norm_scale_is_the_scale(program: Program, groups: DependencyGroups) -> None:
+    scores = score("bn-scale", program)
+    scale = program.module.get_parameter("bn1.weight").abs().detach().numpy()
+    assert np.allclose(at(scores, groups, "conv1.weight"), scale, rtol=1e-6)
+    assert at(scores, groups, "fc.weight").min() > 1e5
+
+
+def test_batch_norm_scale_reads_the_export_dialect(program: Program) -> None:
+    model = Digits()
+    randomize(model)
+    exported = gp.capture(torch.export.export(model.eval(), (torch.randn(2, 1, 8, 8),)))
+    scores = score("bn-scale", exported)
+    scale = model.bn2.weight.abs().detach().numpy()
+    assert np.allclose(at(scores, analyze(exported), "conv2.weight"), scale, rtol=1e-6)
+
+
+def test_batch_norm_scale_needs_batch_norms() -> None:
+    program = gp.capture(tiny_transformer(), torch.randn(1, 3, 16, 16), source="tiny")
+    with pytest.raises(
+        UsageError, match="bn-scale needs batch normalisations with a scale, and tiny has none"
+    ):
+        score("bn-scale", program)
+
+
+def test_activation_is_the_mean_of_what_consumers_read(
+    program: Program, groups: DependencyGroups, data: DataSource
+) -> None:
+    scores = score("activation", program, data)
+    loader = data.train(64, seed=0, limit=512)
+    means = []
+    with torch.inference_mode():
+        for inputs, _ in loader:
+            modules = dict(program.module.named_modules())
+            y = F.relu(modules["bn1"](modules["conv1"](inputs)))
+            means.append(y.abs().mean((0, 2, 3)))
+    expected = torch.stack(means).double().mean(0).numpy()
+    assert np.allclose(at(scores, groups, "conv1.weight"), expected, rtol=1e-4)
+
+
+def test_dead_channel_scores_nothing(
+    program: Program, groups: DependencyGroups, data: DataSource
+) -> None:
+    with torch.no_grad():
+        program.module.get_parameter("bn1.weight")[2] = 0
+        program.module.get_parameter("bn1.bias")[2] = -1
+    for name in ("activation", "bn-scale"):
+        values = at(score(name, program, data), groups, "conv1.weight")
+        assert values[2] == 0
+        assert np.delete(values, 2).min() > 0
+    taylor = at(score("taylor", program, data), groups, "conv1.weight")
+    assert taylor.argmin() == 2
+
+
+def test_taylor_predicts_the_change_of_the_loss(
+    program: Program, groups: DependencyGroups, data: DataSource
+) -> None:
+    scores = score("taylor{num_samples=64}", program, data)
+    weight = program.module.get_parameter("fc.weight")
+    clone = program.clone().module.requires_grad_(True)
+    inputs, labels = next(iter(data.train(64, seed=0, limit=64)))
+    F.cross_entropy(clone(inputs), labels).backward()
+    products = {
+        name: (p * p.grad).detach() for name, p in clone.named_parameters() if p.grad is not None
+    }
+    expected = sum(
+        along(products[place.name], place.dim).__abs__()
+        for place in next(g for g in groups if g.name == "conv2.weight[0]").places
+        if place.name in products
+    )
+    assert np.allclose(at(scores, groups, "conv2.weight"), expected, rtol=1e-4, atol=1e-9)
+    assert weight.grad is None
+
+
+def test_random_follows_the_seed(program: Program) -> None:
+    one, two = (score("random", program, seed=s).values for s in (1, 2))
+    assert not np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("name", ["activation", "taylor"])
+def test_data_is_asked_for(name: str, program: Program) -> None:
+    with pytest.raises(DataError, match=f"method {name} expected .*training data, found none"):
+        score(name, program)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_analysis_is_required(name: str) -> None:
+    kind: type[Pass] = registry.load(name)
+    assert kind.requires == (DependencyGroups,)
+
+
+def test_sum_over_places_adds_up(program: Program, groups: DependencyGroups) -> None:
+    values = sum_over_places(
+        program, groups, lambda place, tensor: np.ones(tensor.shape[place.dim])
+    )
+    (group,) = (g for g in groups if g.name == "conv1.weight[0]")
+    assert (values[group.channels] == len(group.places)).all()
+    nothing = sum_over_places(program, groups, lambda place, tensor: None)
+    assert not nothing.any()
