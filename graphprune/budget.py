@@ -124,8 +124,8 @@ def choose(
         target: What must be reached.
         granularity: What may go.
         round_to: Kept channels of every group are a multiple of this, where the dense count allows it.
-        ``auto``: of 8, or
-            of a quarter of a small group, or of less where the target would be missed by more than 1 % otherwise.
+            ``auto``: of 8, or of a quarter of a small group, or of less where the target would otherwise be
+            missed by more than 1 %.
         scope: ``global`` takes the units with the least loss for what they save (MACs, parameters, or both, as
             the target limits them): the greedy solution of the knapsack that a budget is. ``uniform`` ranks within each
             group, so that all groups shrink alike.
@@ -266,9 +266,7 @@ def _ordered(
             key[inside] = np.searchsorted(np.sort(scores), scores) / len(inside)
         keys = _means(key, bundles)
     else:
-        keys = _sums(_losses(units), bundles) / _sums(
-            _savings(groups, units, target), bundles
-        )
+        keys = _sums(_losses(units), bundles) / _sums(_savings(groups, units, target), bundles)
     return [bundles[i] for i in np.argsort(keys, kind="stable")]
 
 

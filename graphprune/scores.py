@@ -48,7 +48,10 @@ def norms_along(tensor: Tensor, dim: int, *, order: int) -> NDArray[np.float64]:
     if data.dim() > 2:
         return along(data.abs() ** order, dim)
     rows = max(1, _CHUNK // max(1, data.shape[1]))
-    return np.sum([_power(part, order).sum(axis=0) for part in data.split(rows)], axis=0)
+    total: NDArray[np.float64] = np.sum(
+        [_power(part, order).sum(axis=0) for part in data.split(rows)], axis=0
+    )
+    return total
 
 
 _CHUNK = 1 << 18

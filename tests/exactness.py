@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import graphprune as gp
-from graphprune.budget import Target, choose
+from graphprune.budget import Choice, Target, choose
 from graphprune.capture import _export_module
-from graphprune.cost import Cost, Keep
+from graphprune.cost import Keep
 from graphprune.cut import cut_program
+from graphprune.errors import TargetError
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.program import Program
 from graphprune.verify import Masked, verify_surgery
@@ -22,7 +23,7 @@ __all__ = [
     "assert_cut_is_exact",
     "assert_identity",
     "capture_as",
-    "cut_at",
+    "choose_or_none",
     "outputs_of",
     "random_scores",
 ]
@@ -82,11 +83,9 @@ def assert_identity(program: Program, groups: DependencyGroups) -> None:
         assert torch.equal(old, new)
 
 
-def cut_at(
-    program: Program, target: Target, *, seed: int = 0, **options: object
-) -> tuple[Program, DependencyGroups, Cost]:
-    """Choose by random scores, cut, check, and return the cut program, the analysis and the cost."""
-    groups = analyze(program)
-    choice = choose(groups, random_scores(groups, seed), target, **options)  # type: ignore[arg-type]
-    assert choice.cost == groups.cost.total(choice.keep)
-    return assert_cut_is_exact(program, groups, choice.keep), groups, choice.cost
+def choose_or_none(groups: DependencyGroups, seed: int, target: Target) -> Choice | None:
+    """Choose by random scores; None where the target cannot be reached."""
+    try:
+        return choose(groups, random_scores(groups, seed), target)
+    except TargetError:
+        return None

@@ -1,7 +1,8 @@
 """Random small networks for property tests.
 
 A network is drawn as a *recipe*, a tuple of plain numbers and names that prints in a failing example; `build` makes a
-module of it, always with the same weights. Blocks are in `tests.blocks` and `tests.token_blocks`.
+module of it, always with the same weights. Blocks are in `tests.blocks`,
+`tests.channel_blocks` and `tests.token_blocks`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor, nn
 
-from tests.blocks import CONV, IMAGE_BLOCKS, Maker, Shape, shape_after
+from tests.blocks import CONV, Maker, Shape, shape_after
+from tests.channel_blocks import IMAGE_BLOCKS
 from tests.token_blocks import TOKEN_BLOCKS
 
 __all__ = ["HEADS", "Network", "Recipe", "build", "randomize", "recipes"]
@@ -40,7 +42,7 @@ class Recipe:
     """Seed of the weights."""
 
 
-HEADS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+HEADS: dict[str, Callable[[Any, Tensor], Any]] = {
     "mean": lambda m, x: m.fc(x.flatten(2).mean(2)),
     "flatten": lambda m, x: m.fc(torch.flatten(x, 1)),
     "view": lambda m, x: m.fc(x.reshape(x.size(0), -1)),

@@ -47,7 +47,7 @@ def test_the_default_pipeline_is_one_line() -> None:
         export=False,
     ) == (
         "dependency-groups,magnitude{norm=1},"
-        'choose-channels{target="ratio=0.3" round_to=8 granularity=heads},remove-channels,clean-up'
+        'choose-channels{target="ratio=0.3" round_to="8" granularity=heads},remove-channels,clean-up'
     )
     assert replay_pipeline("a b.json", export=False) == (
         'dependency-groups,load-plan{path="a b.json"},remove-channels,clean-up'

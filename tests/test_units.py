@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_heads_are_units_with_all_that_they_hold() -> None:
 def test_row_with_a_pinned_channel_holds_the_others_back() -> None:
     parts = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 5, 1)}
 
-    def run(m: Block, x: torch.Tensor) -> torch.Tensor:
+    def run(m: Any, x: torch.Tensor) -> Any:
         y = m.a(x)
         halves = y.view(x.shape[0], 2, 4, *x.shape[2:])
         return m.b(halves.flatten(1, 2)) + y[:, 1:2].flip(1)

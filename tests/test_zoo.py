@@ -17,9 +17,11 @@ import torch
 import torchvision.models as tv
 from torch import nn
 
+import graphprune
 from graphprune.check import Check
 from graphprune.cost import Cost
 from graphprune.errors import OutputError, PassError, TargetError, UsageError
+from graphprune.program import Program
 from graphprune.zoo import (
     SUITES,
     Job,
@@ -40,6 +42,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "zoo"
 TINY = ZooModel(
     name="squeezenet1_1", kind="classification", shape=(3, 32, 32), options={"num_classes": 10}
 )
+EXPORTED = ("resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small")
 ROW = Row(
     model="resnet18",
     kind="classification",
@@ -50,6 +53,7 @@ ROW = Row(
     macs=(1000, 499),
     groups=14,
     seconds={"capture": 0.1, "analyse": 0.04, "choose": 0.45, "cut": 0.155, "all": 16.0},
+    captured=Check(max_abs_err=1e-7, tolerance=1e-4, passed=True),
     surgery=Check(max_abs_err=2.2e-15, tolerance=1e-9, passed=True, detail="float64"),
     onnx=Check(max_abs_err=4.4e-7, tolerance=1e-4, passed=True, provider="CPUExecutionProvider"),
     memory_gib=1.1,
@@ -137,6 +141,8 @@ def test_one_model_runs_from_end_to_end() -> None:
     assert row.macs is not None
     assert row.params[1] < row.params[0]
     assert 0.495 <= row.macs[1] / row.macs[0] <= 0.5
+    assert row.captured is not None
+    assert row.captured.passed
     assert row.surgery is not None
     assert row.surgery.max_abs_err is not None
     assert row.surgery.max_abs_err <= 1e-9
@@ -147,12 +153,34 @@ def test_one_model_runs_from_end_to_end() -> None:
     assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
 
 
+@pytest.mark.parametrize("model", SUITES["fast"](), ids=lambda m: m.name)
+def test_the_fast_suite(model: ZooModel) -> None:
+    """Every family, cut and proven; the whole suite, with export, is for tools/zoo."""
+    row = run_model(model, Job(export=model.name in EXPORTED))
+    assert row.failure is None
+    assert (row.onnx is not None) == (model.name in EXPORTED)
+
+
 def test_a_target_out_of_reach_is_a_row() -> None:
     row = run_model(TINY, Job(target="macs=0.0000001", export=False))
     assert not row.passed
     assert row.failure is not None
     assert row.failure.startswith("TargetError: target macs=1e-07 cannot be reached")
     assert list(row.seconds) == ["capture", "all"]
+
+
+def test_a_program_that_computes_something_else_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(model: nn.Module, *arguments: Any, **options: Any) -> Program:
+        other = dataclasses.replace(TINY).build(seed=1)
+        return graphprune.capture(other, *arguments, **options)
+
+    monkeypatch.setattr("graphprune.zoo.row.capture", capture)
+    row = run_model(TINY, Job(export=False))
+    assert row.failure is not None
+    assert row.failure.startswith("PassError: the capture check fell short: float32, model on 2")
+    assert row.captured is not None
+    assert not row.captured.passed
+    assert row.surgery is None
 
 
 def test_a_model_that_cannot_be_built_is_a_row() -> None:
@@ -289,15 +317,16 @@ GOLDEN = """\
 
 1 of 2 models passed. Made with `tools/zoo --out docs/zoo.md` on a machine.
 
-Random weights. Surgery error: largest relative difference between the masked and the cut program, node by
-node. ONNX error: largest absolute difference between torch and ONNX Runtime over three batch sizes; each is
-held to a tolerance that follows the size of the outputs.
+Random weights. Capture error: largest difference between the outputs of the model and of the program. Surgery
+error: the same between the masked and the cut program, node by node. Both are relative to the largest value.
+ONNX error: largest absolute difference between torch and ONNX Runtime over three batch sizes, held to a
+tolerance that follows the size of the outputs.
 
 | model | input | tracer | parameters (M) | MACs kept | groups | capture s | analyse s | choose s | cut s \
-| surgery error | ONNX error | result |
-|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
-| resnet18 | 3x64x64 | fx | 11.69 -> 7.01 | 0.4990 | 14 | 0.10 | 0.04 | 0.45 | 0.15 | 2.2e-15 | 4.4e-07 | passed |
-| vit_x | 3x32x32 | export, fixed batch | 0.00 -> 0.00 | 0.4000 | 1 | 1.00 |  |  |  | **5.0e-01** | not exported \
+| capture error | surgery error | ONNX error | result |
+|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
+| resnet18 | 3x64x64 | fx | 11.69 -> 7.01 | 0.4990 | 14 | 0.10 | 0.04 | 0.45 | 0.15 | 1.0e-07 | 2.2e-15 | 4.4e-07 | passed |
+| vit_x | 3x32x32 | export, fixed batch | 0.00 -> 0.00 | 0.4000 | 1 | 1.00 |  |  |  |  | **5.0e-01** | not exported \
 | **failed** |
 
 ## vit_x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def gated_mlp(shape: Shape, rng: Random) -> nn.Module | None:
     up, down = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
     kind = rng.choice(["chunk", "glu", "split", "unflatten", "slices"])
 
-    def run(m: Block, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.up(x)
         if kind == "glu":
             return x + m.down(F.glu(y, dim=-1))
@@ -80,7 +81,7 @@ def attention(shape: Shape, rng: Random) -> nn.Module | None:
     join = rng.choice(["flatten", "literal", "inferred"])
     bias = nn.Parameter(torch.randn(heads, length, length))
 
-    def run(m: Block, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         b, t = x.shape[0], x.shape[1]
         y = m.qkv(x)
         if split == "reshape":
@@ -130,7 +131,7 @@ def grouped_attention(shape: Shape, rng: Random) -> nn.Module | None:
             return x.repeat_interleave(times, dim=1)
         return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
 
-    def run(m: Block, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         b, t, _ = x.shape
         q = m.q_norm(m.q(x).view(b, t, heads, head_dim)).transpose(1, 2)
         k = m.k(x).view(b, t, kv_heads, head_dim).transpose(1, 2)
@@ -169,7 +170,7 @@ def gate_tokens(shape: Shape, rng: Random) -> nn.Module | None:
         return None
     parts = {"n": nn.LayerNorm(shape[1] // 2), "mix": nn.Conv1d(shape[0], shape[0], 1)}
 
-    def run(m: Block, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         u, v = x.chunk(2, -1)
         return torch.cat([u * m.mix(m.n(v)), v], -1)
 
@@ -196,7 +197,7 @@ def parameter(shape: Shape, rng: Random) -> nn.Module | None:
 def class_token(shape: Shape, rng: Random) -> nn.Module | None:
     kind = rng.choice(["expand", "repeat"])
 
-    def run(m: Block, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         b = x.shape[0]
         first = m.weight.expand(b, -1, -1) if kind == "expand" else m.weight.repeat(b, 1, 1)
         return torch.cat([first, x], dim=1)

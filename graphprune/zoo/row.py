@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from graphprune.budget import parse_target
 from graphprune.capture import capture
@@ -27,8 +30,12 @@ from graphprune.zoo.models import ZooModel
 
 __all__ = ["Job", "Row", "run_model"]
 
+_CHECKS = ("captured", "surgery", "onnx")
+
 NEAREST = 0.99
 """A choice must come at least this near to the target from below."""
+CAPTURE_TOLERANCE = 1e-4
+"""Capture may put operators into another order (attention does), which float32 shows as rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +68,12 @@ class Row:
     groups: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     """capture, analyse, choose, cut, and ``all``: the whole row, proof and export included."""
+    captured: Check | None = None
+    """The program against the model that it was captured from."""
     surgery: Check | None = None
+    """The cut program against the masked one."""
     onnx: Check | None = None
+    """ONNX Runtime against torch."""
     memory_gib: float | None = None
     """Peak memory of the process by the end of the row."""
     failure: str | None = None
@@ -76,7 +87,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return the row as plain data."""
         data = dataclasses.asdict(self)
-        for name in ("surgery", "onnx"):
+        for name in _CHECKS:
             check: Check | None = getattr(self, name)
             data[name] = None if check is None else check.to_json()
         return data
@@ -88,7 +99,7 @@ class Row:
         fields["job"] = Job(**data["job"])
         for name in ("params", "macs"):
             fields[name] = None if data[name] is None else tuple(data[name])
-        for name in ("surgery", "onnx"):
+        for name in _CHECKS:
             fields[name] = None if data[name] is None else Check(**data[name])
         return cls(**fields)
 
@@ -127,7 +138,9 @@ def _fill(state: _State, model: ZooModel, job: Job) -> None:
     program = capture(module, example, source=f"torchvision:{model.name}")
     seconds = {"capture": time.perf_counter() - started}
     batch = "" if program.dynamic_batch else ", fixed batch"
-    state.set(tracer=f"{program.dialect}{batch}", seconds=dict(seconds))
+    captured = _compare(module, program)
+    state.set(tracer=f"{program.dialect}{batch}", seconds=dict(seconds), captured=captured)
+    _require(captured, "capture")
     del module
     result = Pipeline.parse(_surgery(job)).run(program, device="cpu")
     groups, plan = result.facts[DependencyGroups], result.facts[Plan]
@@ -144,13 +157,13 @@ def _fill(state: _State, model: ZooModel, job: Job) -> None:
         seconds=seconds,
         surgery=result.checks["surgery"],
     )
-    _require(result, "surgery")
+    _require(result.checks["surgery"], "surgery")
     _require_costs(state.row, after, dense)
     if job.export:
         del groups, plan
         exported = _export(result.program)
         state.set(onnx=exported.checks["onnx"])
-        _require(exported, "onnx")
+        _require(exported.checks["onnx"], "onnx")
 
 
 def _surgery(job: Job) -> str:
@@ -167,8 +180,26 @@ def _count(program: Program) -> int:
     return sum(p.numel() for p in program.module.parameters())
 
 
-def _require(result: PipelineResult, name: str) -> None:
-    check = result.checks[name]
+def _compare(model: nn.Module, program: Program) -> Check:
+    """Compare the outputs of a program with those of the model that it was captured from."""
+    inputs = program.batch(2, seed=2)
+    with torch.no_grad():
+        pairs = zip(tree_leaves(model(*inputs)), tree_leaves(program.module(*inputs)), strict=True)
+        errors = [
+            ((a - b).abs().max() / a.abs().max()).item() if a.shape == b.shape else math.inf
+            for a, b in pairs
+        ]
+    worst = max(errors)
+    detail = "float32, model on 2 random samples, relative to the largest value"
+    return Check(
+        max_abs_err=worst,
+        tolerance=CAPTURE_TOLERANCE,
+        passed=worst <= CAPTURE_TOLERANCE,
+        detail=detail,
+    )
+
+
+def _require(check: Check, name: str) -> None:
     if not check.passed:
         raise PassError(f"the {name} check fell short: {check.detail}")
 
@@ -209,8 +240,6 @@ def _text(error: BaseException) -> str:
 
 def warm_up() -> None:
     """Load what the first run loads, so that the seconds of the first row are its own."""
-    tiny = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)
-    )
+    tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
     program = capture(tiny.eval(), torch.zeros(1, 3, 8, 8))
     Pipeline.parse(_surgery(Job())).run(program, device="cpu", verify=False)

@@ -20,6 +20,7 @@ _HEADER = (
     "analyse s",
     "choose s",
     "cut s",
+    "capture error",
     "surgery error",
     "ONNX error",
     "result",
@@ -40,12 +41,13 @@ def to_markdown(rows: Sequence[Row], *, command: str, machine: str) -> str:
         "",
         f"{len(rows) - len(failed)} of {len(rows)} models passed. Made with `{command}` on {machine}.",
         "",
-        "Random weights. Surgery error: largest relative difference between the masked and the cut program, node by",
-        "node. ONNX error: largest absolute difference between torch and ONNX Runtime over three batch sizes; each is",
-        "held to a tolerance that follows the size of the outputs.",
+        "Random weights. Capture error: largest difference between the outputs of the model and of the program. Surgery",
+        "error: the same between the masked and the cut program, node by node. Both are relative to the largest value.",
+        "ONNX error: largest absolute difference between torch and ONNX Runtime over three batch sizes, held to a",
+        "tolerance that follows the size of the outputs.",
         "",
         "| " + " | ".join(_HEADER) + " |",
-        "|---" * 3 + "|--:" * 9 + "|---|",
+        "|---" * 3 + "|--:" * 10 + "|---|",
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     for row in failed:
@@ -73,6 +75,7 @@ def _cells(row: Row) -> list[str]:
         "" if row.macs is None else f"{row.macs[1] / max(1, row.macs[0]):.4f}",
         "" if row.groups is None else str(row.groups),
         *seconds,
+        _error(row.captured),
         _error(row.surgery),
         _error(row.onnx) if row.job.export else "not exported",
         "passed" if row.passed else "**failed**",

@@ -1,4 +1,4 @@
-"""Sizes in the graph: every operation that says one is rewritten, in both dialects, and only where the cut changes it."""
+"""Sizes in the graph: whatever says one is rewritten, in both dialects, and only where the cut changes it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from graphprune.groups import DependencyGroups, analyze
 from graphprune.labels.rules import find_rule, known_operators, rule
 from tests.blocks import Block
 
-Forward = Callable[[Block, Tensor], Tensor]
+Forward = Callable[[Any, Tensor], Any]
 
 
 def groups_of(
-    run: Forward, shape: tuple[int, ...] = (3, 8, 8), **parts: nn.Module
+    run: Forward, parts: Mapping[str, nn.Module], *, shape: tuple[int, ...] = (3, 8, 8)
 ) -> DependencyGroups:
     return analyze(gp.capture(Block(run, **parts).eval(), torch.randn(1, *shape)))
 
@@ -35,7 +36,7 @@ def wrapped(run: Callable[[Tensor], Tensor], outs: int, ins: int | None = None) 
     """Return the groups of ``conv(3, outs) -> run -> conv(ins, 5)`` without the pinned input and output."""
     a = nn.Conv2d(3, outs, 1, bias=False)
     b = nn.Conv2d(ins or outs, 5, 1, bias=False)
-    found = lines_of(groups_of(lambda m, x: m.b(run(m.a(x))), a=a, b=b))
+    found = lines_of(groups_of(lambda m, x: m.b(run(m.a(x))), {"a": a, "b": b}))
     input_line = "3: a.weight[1] | meets a dimension whose size cannot change (node a)"
     output_line = "5: b.weight[0] | graph output (node output)"
     assert input_line in found
@@ -174,7 +175,7 @@ def test_residual_sum_couples_both_sides() -> None:
         "c": nn.Conv2d(4, 6, 1),
         "d": nn.Conv2d(6, 2, 1),
     }
-    found = lines_of(groups_of(lambda m, x: m.d(m.a(x) + m.c(F.relu(m.b(m.a(x))))), **parts))
+    found = lines_of(groups_of(lambda m, x: m.d(m.a(x) + m.c(F.relu(m.b(m.a(x))))), parts))
     assert found == [
         "6: a.weight[0] a.bias[0] b.weight[1] c.weight[0] c.bias[0] d.weight[1]",
         "3: a.weight[1] | meets a dimension whose size cannot change (node a)",
@@ -190,7 +191,7 @@ def test_depthwise_follows_its_input() -> None:
         "n": nn.BatchNorm2d(6),
         "c": nn.Conv2d(6, 2, 1),
     }
-    found = lines_of(groups_of(lambda m, x: m.c(m.n(m.b(m.a(x)))), **parts))
+    found = lines_of(groups_of(lambda m, x: m.c(m.n(m.b(m.a(x)))), parts))
     assert found[0] == (
         "6: a.weight[0] a.bias[0] b.weight[0] b.bias[0] "
         "n.weight[0] n.bias[0] n.running_mean[0] n.running_var[0] c.weight[1]"
@@ -199,7 +200,7 @@ def test_depthwise_follows_its_input() -> None:
 
 def test_grouped_convolution_takes_the_same_inputs_from_every_group() -> None:
     parts = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 4, 1, groups=2), "c": nn.Conv2d(4, 2, 1)}
-    groups = groups_of(lambda m, x: m.c(m.b(m.a(x))), **parts)
+    groups = groups_of(lambda m, x: m.c(m.b(m.a(x))), parts)
     found = lines_of(groups)
     assert found[0] == "3: a.weight[0] a.bias[0] b.weight[1]"
     assert found[2] == "4: b.weight[0] b.bias[0] c.weight[1]"
@@ -209,7 +210,7 @@ def test_grouped_convolution_takes_the_same_inputs_from_every_group() -> None:
 
 def test_flatten_spreads_a_channel_over_its_positions() -> None:
     parts = {"a": nn.Conv2d(3, 6, 1), "fc": nn.Linear(6 * 64, 2)}
-    groups = groups_of(lambda m, x: m.fc(torch.flatten(m.a(x), 1)), **parts)
+    groups = groups_of(lambda m, x: m.fc(torch.flatten(m.a(x), 1)), parts)
     assert lines_of(groups)[0] == "6: a.weight[0] a.bias[0] fc.weight[1]"
     columns = groups.channel_of[groups.labels.sources["fc.weight"].atoms[1]]
     assert columns.reshape(6, 64).std(axis=1).max() == 0
@@ -218,13 +219,13 @@ def test_flatten_spreads_a_channel_over_its_positions() -> None:
 def test_heads_are_blocks_of_equal_size() -> None:
     parts = {"qkv": nn.Linear(6, 24), "out": nn.Linear(8, 6)}
 
-    def run(m: Block, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         parts = m.qkv(x).chunk(3, -1)
         q, k, v = (p.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for p in parts)
         y = F.scaled_dot_product_attention(q, k, v)
         return m.out(y.transpose(1, 2).flatten(2))
 
-    groups = groups_of(run, (5, 6), **parts)
+    groups = groups_of(run, parts, shape=(5, 6))
     assert lines_of(groups)[0] == "8: qkv.weight[0] qkv.bias[0]"
     assert "8: qkv.weight[0] qkv.bias[0] out.weight[1]" in lines_of(groups)
     assert int(groups.blocks.is_head.sum()) > 0
@@ -258,7 +259,7 @@ def test_operator_cannot_have_two_rules() -> None:
 
 def test_operator_without_a_rule_pins_what_reaches_it_and_is_reported() -> None:
     parts = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 4, 1), "c": nn.Conv2d(4, 2, 1)}
-    groups = groups_of(lambda m, x: m.c(m.b(torch.ops.aten.nextafter(m.a(x), x.sum()))), **parts)
+    groups = groups_of(lambda m, x: m.c(m.b(torch.ops.aten.nextafter(m.a(x), x.sum()))), parts)
     name = "aten.nextafter.default"
     assert groups.labels.unknown == {name: ("nextafter",)}
     why = f"operator {name} has no labelling rule (node nextafter)"

@@ -43,6 +43,11 @@ def contracted(
     """
     moved = []
     for tensor, place in operands:
+        wrong = [d for d, p in enumerate(place) if tensor.shape[d] not in (1, sizes[p])]
+        if wrong or not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(
+                f"{call.name} does not take {tensor.dtype} of shape {tuple(tensor.shape)} here"
+            )
         fields = tuple(f.moved(place) for f in trace.fields(tensor))
         moved.append((fields, frozenset(p for d, p in enumerate(place) if tensor.shape[d] > 1)))
     for (tensor, place), (fields, _) in zip(operands, moved, strict=True):
@@ -185,6 +190,11 @@ def convolution(trace: Trace, call: Call) -> Any:
         dilation,
         output_padding if transposed else None,
     )
+    wanted = weight.shape[0] if transposed else weight.shape[1] * groups
+    if x.shape[channel] != wanted or not x.is_floating_point():
+        raise ValueError(
+            f"{call.name} takes {wanted} floating channels, found {x.dtype} of shape {tuple(x.shape)}"
+        )
     ins = _channel_axis(trace, call, x, channel)
     outs, counted = (_transposed if transposed else _forward)(trace, weight, ins, groups)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]

@@ -39,14 +39,15 @@ def _one_per_group(
     """Settle all but one of the labels that a reshape would lay over the same dimension.
 
     An index of the merged dimension stays where both labels stay, which is no channel of either: one of them must be
-    whole. Copies that an expansion made give way to real channels, and few channels to many.
+    whole. The widest is left; copies that an expansion made never are, because the number of copies is fixed.
     """
     for ins, outs in groups:
         if len(ins) == len(outs) == 1:
             continue
         inside = [f for f in fields if any(d in ins for d in f.dims)]
-        if len(inside) > 1:
-            best = max(inside, key=lambda f: (not trace.table.are_copies(f.atoms), f.atoms.size))
+        real = [f for f in inside if not trace.table.are_copies(f.atoms)]
+        best = max(real, key=lambda f: f.atoms.size, default=None)
+        if any(f is not best for f in inside):
             settled = (
                 f
                 if f is best

@@ -21,6 +21,8 @@ __all__: list[str] = []
 def _met_along(trace: Trace, x: Tensor, params: list[Any], dim: int) -> Fields:
     """Bring the labels of 1-D parameters together with those of `x` along `dim`."""
     tensors = [p for p in params if isinstance(p, Tensor)]
+    if any(len(t) != x.shape[dim] for t in tensors):
+        raise ValueError(f"normalisation of {len(tensors[0])} channels, found {x.shape[dim]}")
     ins = None if trace.is_joint(x) else trace.axis(x, dim)
     if ins is not None:
         for tensor in tensors:
@@ -57,6 +59,8 @@ def layer_norm(trace: Trace, call: Call) -> Any:
     """Statistics over the last dimensions, affine weights aligned with them."""
     x, normalized = call.args[0], call.args[1]
     rank = x.dim()
+    if tuple(x.shape[rank - len(normalized) :]) != tuple(normalized):
+        raise ValueError(f"normalisation over {tuple(normalized)}, found shape {tuple(x.shape)}")
     affine = [t for t in call.tensors() if t is not x]
     operands = [trace.operand(t, rank) for t in (x, *affine)]
     fields = meet(trace.table, operands, FIXED, trace.node)

@@ -43,6 +43,8 @@ def enumerate_(trace: Trace, call: Call) -> Any:
 def embedding(trace: Trace, call: Call) -> Any:
     """Rows of a table: the width is labelled, the row numbers cannot change."""
     weight, index = call.args[:2]
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{call.name} takes row numbers, found {index.dtype}")
     width = trace.axis(weight, 1)
     rank = index.dim()
     fields = () if width is None else (Field((rank,), width),)

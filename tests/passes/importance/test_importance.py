@@ -13,7 +13,7 @@ from graphprune import registry
 from graphprune.data import DataSource, load_data
 from graphprune.errors import DataError, UsageError
 from graphprune.groups import DependencyGroups, Place, analyze
-from graphprune.pipeline import Context, Pass
+from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, sum_over_places
 from tests.models import tiny_transformer
@@ -53,7 +53,7 @@ def data() -> DataSource:
 
 def score(text: str, program: Program, data: DataSource | None = None, *, seed: int = 0) -> Scores:
     (step,) = gp.Pipeline.parse(text).passes
-    facts = {DependencyGroups: analyze(program)}
+    facts: dict[type[Facts], Facts] = {DependencyGroups: analyze(program)}
     found = step.run(program, Context(facts=facts, dense=program, data=data, seed=seed))
     assert isinstance(found, Scores)
     assert found.method == text

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.budget import Target, choose
 from graphprune.groups import DependencyGroups, analyze
-from graphprune.passes.surgery.remove_channels import RemoveChannels
 from graphprune.pipeline import Context, Pipeline, SurgeryResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -54,8 +53,9 @@ def assert_removal(program: Program, ratio: float) -> Program:
     """Check meaning and accounting of the pass, and that doing it with an empty plan does nothing."""
     before = str(program)
     context = context_of(program, ratio)
+    (remove_channels,) = Pipeline.parse("remove-channels").passes
     groups, plan = context.need(DependencyGroups), context.need(Plan)
-    result = RemoveChannels().run(program, context)
+    result = remove_channels.run(program, context)
     assert isinstance(result, SurgeryResult)
     assert_exact(program, result.program, result.reference)
     with torch.inference_mode():
@@ -68,7 +68,8 @@ def assert_removal(program: Program, ratio: float) -> Program:
     assert result.kept == groups.kept
     assert analyze(result.program).cost.total() == groups.cost.total(plan.keep(program, groups))
     assert str(program) == before
-    again = RemoveChannels().run(result.program, context_of(result.program, 0.0))
+    again = remove_channels.run(result.program, context_of(result.program, 0.0))
+    assert isinstance(again, SurgeryResult)
     assert not again.modified
     assert again.program is result.program
     assert not again.removed
@@ -131,7 +132,7 @@ program Net (export, dynamic batch) inputs [float32[1, 3, 4, 4]]
   %reshape = aten.reshape.default(%mul, (-1, 48))
   %linear = aten.linear.default(%reshape, %fc_weight, %fc_bias)
   return %linear
-  after remove-channels: 3 channels""",
+  after remove-channels: 3 channels""",  # noqa: E501 - printed form
         )
 
 
