@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphprune.cost import Cost, Keep
-from graphprune.errors import TargetError
+from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
 from graphprune.units import Flags, Granularity, Units, find_units
 
-__all__ = ["Choice", "Target", "choose", "parse_target"]
+__all__ = ["Choice", "Target", "choose", "parse_round_to", "parse_target"]
 
 Scope = Literal["global", "uniform"]
 SLACK = 0.002
@@ -94,6 +94,19 @@ def _number(text: str, key: str, raw: str) -> float:
     if value <= 0 and key != "ratio":
         raise TargetError(f"target {text!r}: {key} must be more than 0, not {raw}")
     return value
+
+
+def parse_round_to(text: str) -> int | Literal["auto"]:
+    """Parse ``auto`` or a number of at least 1.
+
+    Raises:
+        UsageError: The text is neither.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"round_to: expected auto, or a number of at least 1, found {text!r}")
+    return int(text)
 
 
 @dataclass(frozen=True)

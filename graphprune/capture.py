@@ -98,9 +98,8 @@ def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -
             reasons.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
         # A symbolic graph is the model's own computation, or the trace failed; a sized one may have followed a branch.
-        same = name == "torch.fx"
-        agreed = _is_dynamic(module, inputs) if same and may_vary(inputs) else None
-        agreed = agreed or _agrees(module if same else model, module, inputs)
+        agreed = _is_dynamic(module, inputs) if name == "torch.fx" and may_vary(inputs) else None
+        agreed = agreed or _agrees(model, module, inputs)
         if agreed is not None:
             return Program(
                 module=module,
@@ -251,7 +250,7 @@ def _agrees(model: nn.Module, module: fx.GraphModule, inputs: tuple[Tensor, ...]
         expected = _shapes(model, inputs, batch)
         if expected is None:
             continue
-        found = expected if module is model else _shapes(module, inputs, batch)
+        found = _shapes(module, inputs, batch)
         is_dynamic = batch is not None and all(s[:1] == (batch,) for s in expected)
         if found == expected and (is_dynamic or batch is None):
             return is_dynamic

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from graphprune import registry, textform
-from graphprune.budget import parse_target
+from graphprune.budget import parse_round_to, parse_target
 from graphprune.devices import pick_device
 from graphprune.environment import environment
 from graphprune.errors import PlanError, UsageError
@@ -101,6 +101,7 @@ def default_pipeline(
         UsageError: `method` is no method.
     """
     parse_target(target)  # before any work is done for it
+    parse_round_to(str(round_to))
     _must_be_method(method)
     choice: dict[str, textform.Value] = {"target": target}
     if round_to != DEFAULT_ROUND_TO:

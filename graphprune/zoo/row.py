@@ -94,13 +94,13 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Return the row that `to_json` wrote."""
-        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        """Return the row that `to_json` wrote; an earlier version may have left out what it did not know."""
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         fields["job"] = Job(**data["job"])
         for name in ("params", "macs"):
             fields[name] = None if data[name] is None else tuple(data[name])
         for name in _CHECKS:
-            fields[name] = None if data[name] is None else Check(**data[name])
+            fields[name] = None if data.get(name) is None else Check(**data[name])
         return cls(**fields)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose, parse_round_to, parse_target
 from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.pipeline import Context, Facts, Pass
@@ -44,7 +44,7 @@ class ChooseChannels(Pass):
             scores.values,
             parse_target(self.target),
             granularity=_granularity(self.granularity),
-            round_to=_round_to(self.round_to),
+            round_to=parse_round_to(self.round_to),
             scope=self.scope,
             max_ratio=self.max_ratio,
         )
@@ -64,11 +64,3 @@ def _granularity(text: str) -> tuple[Granularity, ...]:
     if unknown := [n for n in names if n not in GRANULARITIES]:
         raise UsageError(f"granularity {unknown[0]!r} is not known; known: {', '.join(GRANULARITIES)}")
     return tuple(g for g in GRANULARITIES if g in names)
-
-
-def _round_to(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"round_to {text!r} is not understood: expected auto, or a number of at least 1")
-    return int(text)
