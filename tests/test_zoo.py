@@ -127,6 +127,20 @@ def test_constants_vary_around_what_they_were() -> None:
     assert norm.num_batches_tracked == 0
 
 
+def test_batch_norms_get_the_statistics_of_what_they_see() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.3), nn.Dropout())
+    zoo_models._vary(model)
+    x = torch.randn(4, 3, 9, 9)
+    zoo_models._calibrate(model.eval(), x)
+    assert not any(m.training for m in model.modules())
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.momentum == 0.3
+    out = model(x).detach()
+    torch.testing.assert_close(out.mean((0, 2, 3)), norm.bias.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.std((0, 2, 3)), norm.weight.detach(), atol=0, rtol=1e-2)
+
+
 def test_unknown_names_are_refused_with_close_ones() -> None:
     with pytest.raises(UsageError, match=r"found 'resnet81'; close: resnet18"):
         select(torchvision_models(), ["resnet50", "resnet81"])

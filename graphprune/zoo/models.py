@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torchvision.models as tv
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphprune.errors import UsageError
 
@@ -69,7 +70,8 @@ class ZooModel:
             torch.manual_seed(seed)
             model: nn.Module = tv.get_model(self.name, weights=None, **self.options)
             _vary(model)
-        return model.eval()
+            _calibrate(model.eval(), self.example(batch=_CALIBRATION_BATCH, seed=seed))
+        return model
 
     def example(self, *, batch: int = 1, seed: int = 0) -> Tensor:
         """Return standard normal inputs."""
@@ -93,6 +95,28 @@ def _vary(model: nn.Module) -> None:
             else:
                 tensor.mul_(torch.empty_like(tensor).uniform_(0.5, 1.5))
 
+
+def _calibrate(model: nn.Module, example: Tensor) -> None:
+    """Give batch norms the statistics of `example`.
+
+    With any others, half the channels of a deep fresh model are zero wherever one looks: a wrong cut of them would not
+    show.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if not norms:
+        return
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model(example)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+_CALIBRATION_BATCH = 4
 
 _LISTS: Mapping[Kind, ModuleType] = {
     "classification": tv,

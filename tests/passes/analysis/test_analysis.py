@@ -76,8 +76,8 @@ def test_options_reach_the_budget() -> None:
             UsageError,
             "granularity 'layers' is not known; known: channels, heads",
         ),
-        ("round_to=0", UsageError, "round_to '0' is not understood: expected auto, or a number"),
-        ("round_to=some", UsageError, "round_to 'some' is not understood"),
+        ("round_to=0", UsageError, "round_to: expected auto, or a number of at least 1, found '0'"),
+        ("round_to=some", UsageError, "round_to: expected auto, or a number .*, found 'some'"),
         ("scope=local", UsageError, "scope"),
     ],
 )
