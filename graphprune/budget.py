@@ -7,7 +7,6 @@ where the target allows it. The best unit of every tensor dimension is protected
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from graphprune.cost import Cost, Keep
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
-from graphprune.units import Flags, Granularity, Units, find_units
+from graphprune.units import Bundles, Flags, Granularity, Units, find_units
 
 __all__ = ["Choice", "Target", "choose", "parse_round_to", "parse_target"]
 
@@ -212,10 +211,6 @@ def _choose(
     return Choice(keep, groups.cost.total(keep), heads)
 
 
-Bundles = list[Atoms]
-"""Units that go together, each as an array of unit numbers."""
-
-
 def _free(groups: DependencyGroups, units: Units, max_ratio: float) -> Flags:
     """Return which units may go: not the best of any tensor dimension, nor a group's best ones."""
     free = np.ones(len(units), np.bool_)
@@ -248,24 +243,24 @@ def _bundles(
     """Bundle units of a group, worst first, so that what is left is a multiple of the group's step."""
     chosen = np.flatnonzero(free)
     totals = np.bincount(units.group[~units.is_head], minlength=len(groups))
-    bundles: Bundles = []
+    pieces: list[Atoms] = []
+    lengths: list[Atoms] = []
     for inside in _by_group(units, chosen):
         ranked = inside[np.argsort(units.score[inside], kind="stable")]
-        if units.is_head[ranked[0]]:
-            bundles += list(ranked[:, None])
-            continue
         group = int(units.group[ranked[0]])
-        width = max(1, int(np.isin(units.members(int(ranked[0])), groups[group].channels).sum()))
-        wanted = step_of(int(totals[group]) * width)
-        step = wanted // math.gcd(wanted, width)
+        step = 1
+        if not units.is_head[ranked[0]]:
+            members = units.members(int(ranked[0]))
+            width = max(1, int(np.isin(members, groups[group].channels).sum()))
+            wanted = step_of(int(totals[group]) * width)
+            step = wanted // math.gcd(wanted, width)
         first = int(totals[group]) % step or step
-        cuts = [0, *range(first, len(ranked) + 1, step)]
-        bundles += (
-            list(ranked[:, None])
-            if step == 1
-            else [ranked[a:b] for a, b in itertools.pairwise(cuts)]
-        )
-    return bundles
+        count = max(0, 1 + (len(ranked) - first) // step)
+        sizes = np.full(count, step)
+        sizes[:1] = first
+        pieces.append(ranked[: int(sizes.sum())])
+        lengths.append(sizes)
+    return Bundles.of(pieces, lengths)
 
 
 def _ordered(
@@ -277,10 +272,10 @@ def _ordered(
         for inside in _by_group(units, np.arange(len(units))):
             scores = units.score[inside]
             key[inside] = np.searchsorted(np.sort(scores), scores) / len(inside)
-        keys = _means(key, bundles)
+        keys = bundles.means(key)
     else:
-        keys = _sums(_losses(units), bundles) / _sums(_savings(groups, units, target), bundles)
-    return [bundles[i] for i in np.argsort(keys, kind="stable")]
+        keys = bundles.sums(_losses(units)) / bundles.sums(_savings(groups, units, target))
+    return bundles.taken(np.argsort(keys, kind="stable"))
 
 
 def _losses(units: Units) -> NDArray[np.float64]:
@@ -314,35 +309,22 @@ def _savings(groups: DependencyGroups, units: Units, target: Target) -> NDArray[
     return np.asarray(np.maximum(saved, 1e-15))
 
 
-def _sums(values: NDArray[np.float64], bundles: Bundles) -> NDArray[np.float64]:
-    return np.asarray(_means(values, bundles) * np.array([len(b) for b in bundles]))
-
-
-def _means(values: NDArray[np.float64], bundles: Bundles) -> NDArray[np.float64]:
-    """Return the mean of `values` over each bundle."""
-    if not bundles:
-        return np.zeros(0)
-    lengths = np.array([len(b) for b in bundles])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    means: NDArray[np.float64] = np.add.reduceat(values[np.concatenate(bundles)], starts) / lengths
-    return means
-
-
 def _by_ratio(units: Units, bundles: Bundles, ratio: float) -> Flags:
     """Remove up to the same fraction of every group, worst first."""
     removed = np.zeros(len(units), np.bool_)
-    if not bundles:
+    if not len(bundles):
         return removed
     kind = units.group * 2 + units.is_head
     room = np.floor(ratio * np.bincount(kind) + 1e-9)
-    bundle_kind = kind[np.array([b[0] for b in bundles])]
-    order = np.lexsort((_means(units.score, bundles), bundle_kind))
-    taken = np.cumsum([len(bundles[i]) for i in order])
+    bundle_kind = kind[bundles.units[bundles.starts[:-1]]]
+    order = np.lexsort((bundles.means(units.score), bundle_kind))
+    taken = np.cumsum(bundles.lengths[order])
     starts = np.flatnonzero(np.diff(bundle_kind[order], prepend=-1))
     before = np.concatenate([[0], taken])[starts]
     taken = taken - np.repeat(before, np.diff([*starts, len(order)]))
-    for i in order[taken <= room[bundle_kind[order]]]:
-        removed[bundles[i]] = True
+    goes = np.zeros(len(bundles), np.bool_)
+    goes[order] = taken <= room[bundle_kind[order]]
+    removed[bundles.units[goes[bundles.owner]]] = True
     return removed
 
 
@@ -360,16 +342,15 @@ def _without_conflicts(
     rows[groups.blocks.rows] = True
     for channels in broken:
         involved[channels] = True
-    touching, whole = set(), set()
-    for index, bundle in enumerate(bundles):
+    touching, whole = (np.zeros(len(bundles), np.bool_) for _ in range(2))
+    for index in range(len(bundles)):
         removed = np.zeros(len(units), np.bool_)
-        removed[bundle] = True
+        removed[bundles[index]] = True
         gone = ~groups.close(units.without(removed, groups.num_channels))
         if gone[involved].any():
-            touching.add(index)
-            if gone[rows].any():
-                whole.add(index)
-    return [b for index, b in enumerate(bundles) if index not in (whole or touching)]
+            touching[index] = True
+            whole[index] = gone[rows].any()
+    return bundles.taken(np.flatnonzero(~(whole if whole.any() else touching)))
 
 
 def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: Target) -> Flags:
@@ -377,8 +358,7 @@ def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: T
     dense = groups.cost.total()
     limits = target.limits(dense)
     rank = np.full(len(units), len(order))
-    for position, bundle in enumerate(order):
-        rank[bundle] = position
+    rank[order.units] = order.owner
 
     def cost(removed: Flags) -> Cost:
         return groups.cost.total(groups.close(units.without(removed, groups.num_channels)))
@@ -395,12 +375,12 @@ def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: T
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(cost(rank < middle)) else (middle + 1, high)
-    removed = _refill(rank < low, order[max(0, low - REFILL_TRIALS) : low], room)
+    removed = _refill(rank < low, order.between(low - REFILL_TRIALS, low), room)
     trials = EXCHANGE_WORK // max(1, groups.num_channels)
     return _exchange(removed, order, low, room, trials)
 
 
-def _refill(removed: Flags, order: Bundles, room: Callable[[Flags], float]) -> Flags:
+def _refill(removed: Flags, order: Sequence[Atoms], room: Callable[[Flags], float]) -> Flags:
     """Put back what fits under the limits, the most important first."""
     removed = removed.copy()
     left = room(removed)
@@ -425,7 +405,8 @@ def _exchange(
     near already, and little in a large one: `trials` is how often the cost may be asked for.
     """
     best = room(removed)
-    before, after = order[max(0, taken - EXCHANGE_TRIALS) : taken], order[taken:][:EXCHANGE_TRIALS]
+    before = order.between(taken - EXCHANGE_TRIALS, taken)
+    after = order.between(taken, taken + EXCHANGE_TRIALS)
     bundles = (*after, *reversed(before))
     if not NEAR < best < math.inf or trials < 2 * len(bundles):
         return removed

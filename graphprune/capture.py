@@ -12,6 +12,7 @@ attributes.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -98,8 +99,11 @@ def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -
             reasons.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
         # A symbolic graph is the model's own computation, or the trace failed; a sized one may have followed a branch.
-        agreed = _is_dynamic(module, inputs) if name == "torch.fx" and may_vary(inputs) else None
-        agreed = agreed or _agrees(model, module, inputs)
+        if name == "torch.fx" and may_vary(inputs):
+            program = _dynamic_program(module, inputs, source)
+            if program is not None:
+                return program
+        agreed = _agrees(model, module, inputs)
         if agreed is not None:
             return Program(
                 module=module,
@@ -216,16 +220,10 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def _check_finite(model: nn.Module, source: str) -> None:
     """Refuse parameters with NaN or infinity, and buffers with NaN (a mask may well hold infinities)."""
-    parameters = [
-        (n, p.detach())
-        for n, p in model.named_parameters()
-        if p.is_floating_point() and not p.is_meta
-    ]
-    buffers = [(n, b) for n, b in model.named_buffers() if b.is_floating_point() and not b.is_meta]
-    # A sum is not finite where an element is not; it can also overflow, hence the second, exact look.
-    suspects = [(n, t) for n, t in parameters if not _has_finite_sum(t)]
-    bad = [n for n, t in suspects if not bool(torch.isfinite(t).all())]
-    bad += [n for n, t in buffers if not _has_finite_sum(t) and bool(torch.isnan(t).any())]
+    parameters = [(n, p.detach()) for n, p in model.named_parameters()]
+    buffers = list(model.named_buffers())
+    bad = [n for n, t in _without_finite_sum(parameters) if not bool(torch.isfinite(t).all())]
+    bad += [n for n, t in _without_finite_sum(buffers) if bool(torch.isnan(t).any())]
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise LoadError(
@@ -233,9 +231,11 @@ def _check_finite(model: nn.Module, source: str) -> None:
         )
 
 
-def _has_finite_sum(tensor: Tensor) -> bool:
-    total = tensor.sum()
-    return bool(torch.isfinite(total))
+def _without_finite_sum(tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Return the tensors that may hold what is not finite; a sum may also overflow, so they need a second look."""
+    real = [(n, t) for n, t in tensors if t.is_floating_point() and not t.is_meta]
+    sums = [t.sum() for _, t in real]
+    return [pair for pair, s in zip(real, sums, strict=True) if not math.isfinite(s.item())]
 
 
 def _agrees(model: nn.Module, module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> bool | None:
@@ -259,17 +259,23 @@ def _agrees(model: nn.Module, module: fx.GraphModule, inputs: tuple[Tensor, ...]
     return None
 
 
-def _is_dynamic(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> bool | None:
-    """Return True where the graph runs on labels at another batch size and its outputs follow, else None."""
+def _dynamic_program(
+    module: fx.GraphModule, inputs: tuple[Tensor, ...], source: str
+) -> Program | None:
+    """Return the program where the graph runs on labels at another batch size and its outputs follow."""
     program = Program(
-        module=module, example_inputs=inputs, dialect="fx", dynamic_batch=True, source=""
+        module=module,
+        example_inputs=inputs,
+        dialect=_dialect(module),
+        dynamic_batch=True,
+        source=source,
     )
     try:
         values = propagate(program, batch=_PROBE_BATCH).values
     except AnalysisError:
         return None
     outputs = [info for info in tree_leaves(list(values.values())[-1]) if hasattr(info, "shape")]
-    return all(info.shape[:1] == (_PROBE_BATCH,) for info in outputs) or None
+    return program if all(info.shape[:1] == (_PROBE_BATCH,) for info in outputs) else None
 
 
 def _shapes(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphprune.labels.atoms import Atoms
-from graphprune.labels.propagate import Labels
+from graphprune.labels.trace import Labels
 from graphprune.program import Program
 
 __all__ = ["Cost", "CostModel", "NodeCost"]

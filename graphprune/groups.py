@@ -20,7 +20,8 @@ from scipy.sparse.csgraph import connected_components
 
 from graphprune.cost import CostModel, Keep
 from graphprune.labels.atoms import Atoms, AtomTable
-from graphprune.labels.propagate import Labels, TensorInfo, propagate
+from graphprune.labels.propagate import propagate
+from graphprune.labels.trace import Labels, TensorInfo
 from graphprune.outcome import Kept
 from graphprune.pipeline import Facts
 from graphprune.program import Program

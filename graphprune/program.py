@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,8 @@ class Program:
     """What the user called the model: a file, ``torchvision:NAME``, a class name."""
     history: tuple[str, ...] = ()
     """Text form of every surgery that has changed this program, oldest first."""
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was found out about this very graph and need not be found out again; a clone gets it, others do not."""
 
     def evolve(self, module: fx.GraphModule, *, step: str | None = None) -> Program:
         """Return this program with another module, and `step` added to its history."""
@@ -48,7 +50,27 @@ class Program:
 
     def clone(self) -> Program:
         """Return a program that shares no parameter, buffer, module or graph node with this one."""
-        return dataclasses.replace(self, module=copy.deepcopy(self.module))
+        clone = dataclasses.replace(self, module=copy.deepcopy(self.module))
+        clone.memo.update(self.memo)
+        return clone
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Return what labels and costs depend on, to tell whether the graph has been changed: all but float values."""
+        nodes = [
+            (n.op, n.name, str(n.target), str(n.args), str(n.kwargs))
+            for n in self.module.graph.nodes
+        ]
+        modules = [
+            (name, type(m).__name__, m.extra_repr())
+            for name, m in self.module.named_modules()
+            if name
+        ]
+        tensors = [
+            (name, t.shape, None if t.is_floating_point() or t.is_meta else t.tolist())
+            for name, t in self.named_tensors()
+        ]
+        inputs = [(t.shape, t.dtype) for t in self.example_inputs]
+        return nodes, modules, tensors, inputs, self.dynamic_batch
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter and buffer once, tied ones under their first name."""

@@ -38,31 +38,22 @@ def along(tensor: Tensor, dim: int) -> NDArray[np.float64]:
 def norms_along(tensor: Tensor, dim: int, *, order: int) -> NDArray[np.float64]:
     """Return the sum of ``|w| ** order`` over all dimensions but `dim`, for `order` 1 or 2.
 
-    Written so that no temporary is as large as the tensor: a norm over trailing dimensions is one pass over memory.
+    Written so that no temporary is as large as the tensor, and memory is read once, in order.
     """
     data = tensor.detach()
     if dim == 0:
-        return _power(torch.linalg.vector_norm(data, order, dim=list(range(1, data.dim()))), order)
-    if dim == 1 and data.dim() > 2:
-        data = torch.linalg.vector_norm(data, order, dim=list(range(2, data.dim())))
-    if data.dim() > 2:
+        norms = torch.linalg.vector_norm(data, order, dim=list(range(1, data.dim())))
+        return along(norms.double() ** order, 0)
+    if dim > 1:
         return along(data.abs() ** order, dim)
-    rows = max(1, _CHUNK // max(1, data.shape[1]))
-    total: NDArray[np.float64] = np.sum(
-        [_power(part, order).sum(axis=0) for part in data.split(rows)], axis=0
-    )
-    return total
+    flat = data.flatten(1)
+    rows = max(1, _CHUNK // max(1, flat.shape[1]))
+    sums = [(part.square() if order == 2 else part.abs()).sum(0) for part in flat.split(rows)]
+    return along(torch.stack(sums).double().sum(0).view(data.shape[1], -1), 0)
 
 
 _CHUNK = 1 << 18
 """Elements that are squared at a time: what stays in a core's cache."""
-
-
-def _power(tensor: Tensor, order: int) -> NDArray[np.float64]:
-    values: NDArray[np.float64] = (
-        (tensor.square() if order == 2 else tensor.abs()).double().cpu().numpy()
-    )
-    return values
 
 
 def sum_over_places(

@@ -24,7 +24,7 @@ from graphprune.cost import Keep
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
 
-__all__ = ["GRANULARITIES", "Flags", "Granularity", "Units", "find_units"]
+__all__ = ["GRANULARITIES", "Bundles", "Flags", "Granularity", "Units", "find_units"]
 
 Granularity = Literal["channels", "heads"]
 GRANULARITIES: tuple[Granularity, ...] = ("channels", "heads")
@@ -66,6 +66,58 @@ class Units:
         return keep
 
 
+@dataclass(frozen=True)
+class Bundles:
+    """Units that go together; bundle `i` holds ``units[starts[i]:starts[i + 1]]``."""
+
+    units: Atoms
+    starts: Atoms
+    """Shape (len + 1,)."""
+
+    @classmethod
+    def of(cls, units: Sequence[Atoms], lengths: Sequence[Atoms]) -> Bundles:
+        """Put pieces behind one another: the units of each, and the lengths of its bundles."""
+        none = np.zeros(0, np.int64)
+        ends = np.cumsum(np.concatenate([none, *lengths]))
+        return cls(np.concatenate([none, *units]), np.concatenate([[0], ends]))
+
+    def __len__(self) -> int:
+        """Return the number of bundles."""
+        return len(self.starts) - 1
+
+    def __getitem__(self, bundle: int) -> Atoms:
+        """Return the units of a bundle."""
+        return self.units[self.starts[bundle] : self.starts[bundle + 1]]
+
+    def between(self, start: int, stop: int) -> list[Atoms]:
+        """Return the units of some bundles, one array for each."""
+        return [self[i] for i in range(max(0, start), min(stop, len(self)))]
+
+    @cached_property
+    def lengths(self) -> Atoms:
+        """The number of units in each bundle."""
+        return np.diff(self.starts)
+
+    @cached_property
+    def owner(self) -> Atoms:
+        """For each entry of `units`, its bundle."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def taken(self, order: Atoms) -> Bundles:
+        """Return the bundles of the given numbers, in that order."""
+        positions = _runs(self.starts[:-1], self.lengths, order)
+        return Bundles.of([self.units[positions]], [self.lengths[order]])
+
+    def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum of one value per unit over each bundle."""
+        weights = values[self.units]
+        return np.asarray(np.bincount(self.owner, weights, minlength=len(self)), dtype=np.float64)
+
+    def means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the mean of one value per unit over each bundle."""
+        return np.asarray(self.sums(values) / self.lengths)
+
+
 def find_units(
     groups: DependencyGroups, scores: Scores, *, granularity: Sequence[Granularity] = ("channels",)
 ) -> Units:
@@ -86,51 +138,82 @@ def find_units(
     heads = np.zeros(groups.num_channels, np.bool_)
     heads[blocks.rows[blocks.is_head]] = True
     free = ~groups.pinned
-    sets: list[Atoms] = []
+    parts: list[_Sets] = []
     if "channels" in granularity:
-        sets += _channel_sets(groups, scores, owner, free & ~heads)
-    num_channel_sets = len(sets)
+        parts += _channel_sets(groups, scores, owner, free & ~heads)
+    num_channel_sets = sum(len(p.lengths) for p in parts)
     if "heads" in granularity:
-        sets += _head_sets(groups, owner, free & heads)
-    return _as_units(sets, num_channel_sets, scores, owner)
+        parts.append(_Sets.of(_head_sets(groups, owner, free & heads)))
+    return _as_units(parts, num_channel_sets, scores, owner)
 
 
-def _as_units(sets: list[Atoms], num_channel_sets: int, scores: Scores, owner: Atoms) -> Units:
+@dataclass(frozen=True)
+class _Sets:
+    """Sets of channels, one behind the other."""
+
+    channels: Atoms
+    lengths: Atoms
+
+    @classmethod
+    def of(cls, sets: Iterable[Atoms]) -> _Sets:
+        arrays = list(sets)
+        lengths = np.array([len(a) for a in arrays], dtype=np.int64)
+        return cls(np.concatenate([np.zeros(0, np.int64), *arrays]), lengths)
+
+    @classmethod
+    def singles(cls, channels: Atoms) -> _Sets:
+        return cls(channels, np.ones(len(channels), np.int64))
+
+
+def _as_units(parts: list[_Sets], num_channel_sets: int, scores: Scores, owner: Atoms) -> Units:
     """Put sets of channels into arrays, in group order."""
-    lengths = np.array([len(s) for s in sets], dtype=np.int64)
-    flat = np.concatenate(sets) if sets else np.zeros(0, np.int64)
-    unit_of = np.repeat(np.arange(len(sets)), lengths)
+    none = np.zeros(0, np.int64)
+    flat = np.concatenate([none, *(p.channels for p in parts)])
+    lengths = np.concatenate([none, *(p.lengths for p in parts)])
+    count = len(lengths)
+    unit_of = np.repeat(np.arange(count), lengths)
     owned = owner[flat] >= 0
-    group = np.full(len(sets), np.iinfo(np.int64).max)
+    group = np.full(count, np.iinfo(np.int64).max)
     np.minimum.at(group, unit_of[owned], owner[flat[owned]])
-    count = np.bincount(unit_of[owned], minlength=len(sets))
-    total = np.bincount(unit_of[owned], weights=scores[flat[owned]], minlength=len(sets))
+    number = np.bincount(unit_of[owned], minlength=count)
+    total = np.bincount(unit_of[owned], weights=scores[flat[owned]], minlength=count)
     order = np.argsort(group, kind="stable")
     starts = np.concatenate([[0], np.cumsum(lengths[order])])
     return Units(
-        channels=np.concatenate([sets[i] for i in order]) if sets else flat,
+        channels=flat[_runs(np.cumsum(lengths) - lengths, lengths, order)],
         starts=starts,
         group=group[order],
-        score=(total / np.maximum(1, count))[order],
+        score=(total / np.maximum(1, number))[order],
         is_head=order >= num_channel_sets,
     )
 
 
+def _runs(starts: Atoms, lengths: Atoms, order: Atoms) -> Atoms:
+    """Return the positions of runs, taken in another order: run `i` is at ``starts[i] + arange(lengths[i])``."""
+    taken = lengths[order]
+    ends = np.cumsum(taken)
+    shift: Atoms = np.repeat(starts[order] - (ends - taken), taken)
+    return shift + np.arange(len(shift))
+
+
 def _channel_sets(
     groups: DependencyGroups, scores: Scores, owner: Atoms, free: Flags
-) -> list[Atoms]:
+) -> list[_Sets]:
     composite = np.zeros(groups.num_channels, np.bool_)
     composite[groups.blocks.rows] = True
     nested = np.zeros(groups.num_channels, np.bool_)
-    sets: list[Atoms] = []
+    sets: list[_Sets] = []
     for cluster in _clusters(groups.nests):
         for array in cluster:
             nested[array] = True
         sets += _tied(cluster, scores, owner, free)
     alone = free & (owner >= 0) & ~nested
-    sets += list(np.flatnonzero(alone & ~composite)[:, None])
     whole = (_with_members(groups, int(c)) for c in np.flatnonzero(alone & composite))
-    return [*sets, *(w for w in whole if w is not None)]
+    return [
+        *sets,
+        _Sets.singles(np.flatnonzero(alone & ~composite)),
+        _Sets.of(w for w in whole if w is not None),
+    ]
 
 
 def _with_members(groups: DependencyGroups, channel: int) -> Atoms | None:
@@ -172,17 +255,17 @@ def _clusters(nests: Iterable[Atoms]) -> list[list[Atoms]]:
     return list(clusters.values())
 
 
-def _tied(cluster: list[Atoms], scores: Scores, owner: Atoms, free: Flags) -> list[Atoms]:
+def _tied(cluster: list[Atoms], scores: Scores, owner: Atoms, free: Flags) -> list[_Sets]:
     """Return the units of a cluster of nests."""
     channels, counts = _signatures(cluster)
-    _, cell_of = np.unique(counts, axis=0, return_inverse=True)
-    cell_of = cell_of.ravel()
-    sets: list[Atoms] = []
+    words = np.random.default_rng(0).integers(1, 2**63, size=counts.shape[1], dtype=np.int64)
+    _, cell_of = np.unique(counts @ words, return_inverse=True)  # equal rows have equal sums
+    sets: list[_Sets] = []
     tied: list[Atoms] = []
     for cell in range(int(cell_of.max()) + 1):
         inside = channels[cell_of == cell]
         if _is_balanced(counts[np.argmax(cell_of == cell)], cluster):
-            sets += list(inside[free[inside] & (owner[inside] >= 0)][:, None])
+            sets.append(_Sets.singles(inside[free[inside] & (owner[inside] >= 0)]))
         else:
             tied.append(inside)
     flat = np.concatenate(tied) if tied else np.zeros(0, np.int64)
@@ -191,7 +274,7 @@ def _tied(cluster: list[Atoms], scores: Scores, owner: Atoms, free: Flags) -> li
     count = math.gcd(*map(len, tied))
     ranked = [cell[np.argsort(scores[cell], kind="stable")].reshape(count, -1) for cell in tied]
     together = np.concatenate(ranked, axis=1)
-    return [*sets, *(unit for unit in together if (owner[unit] >= 0).any())]
+    return [*sets, _Sets.of(unit for unit in together if (owner[unit] >= 0).any())]
 
 
 def _signatures(cluster: list[Atoms]) -> tuple[Atoms, Atoms]:

@@ -31,12 +31,14 @@ from graphprune.check import Check
 from graphprune.cost import Keep
 from graphprune.errors import VerifyError
 from graphprune.groups import DependencyGroups
-from graphprune.labels.propagate import BATCH, Consumer, TensorInfo
 from graphprune.labels.rules import find_rule
+from graphprune.labels.trace import Consumer, TensorInfo
 from graphprune.program import Program
 
 __all__ = ["Masked", "assert_exact", "verify_surgery"]
 
+SAMPLES = 2
+"""How many random samples both programs run on."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference, relative to the largest value of the tensor: sums in another order differ by rounding
 alone, which grows with depth; a wrong channel differs by the size of the values themselves."""
@@ -80,7 +82,7 @@ def verify_surgery(before: Program, after: Program, reference: Masked | None = N
     dtype = torch.float64 if _fits(before, after) else torch.float32
     tolerance = TOLERANCE[dtype]
     before, after = (_as(p, dtype) for p in (before, after))
-    inputs = before.batch(BATCH, seed=1, dtype=dtype)
+    inputs = before.batch(SAMPLES, seed=1, dtype=dtype)
     with torch.inference_mode(), _default_dtype(dtype):
         try:
             worst = _compare(before, after, inputs, reference, tolerance)
@@ -89,7 +91,7 @@ def verify_surgery(before: Program, after: Program, reference: Masked | None = N
                 max_abs_err=error.difference, tolerance=tolerance, passed=False, detail=str(error)
             )
     what = "masked program" if reference is not None else "program before"
-    detail = f"{str(dtype).removeprefix('torch.')}, {what} on {BATCH} random samples, relative to the largest value"
+    detail = f"{str(dtype).removeprefix('torch.')}, {what} on {SAMPLES} random samples, relative to the largest value"
     return Check(max_abs_err=worst, tolerance=tolerance, passed=worst <= tolerance, detail=detail)
 
 

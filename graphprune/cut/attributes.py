@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from graphprune.cut.shapes import Shapes
 from graphprune.errors import AnalysisError
-from graphprune.labels.propagate import TensorInfo
+from graphprune.labels.trace import TensorInfo
 
 __all__ = ["attributes_of", "update_attributes"]
 

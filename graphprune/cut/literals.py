@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from graphprune.cut.numbers import Numbers
 from graphprune.cut.shapes import Shapes
 from graphprune.errors import AnalysisError
-from graphprune.labels.propagate import BATCH, TensorInfo
+from graphprune.labels.trace import TensorInfo
 
 __all__ = ["LiteralChange", "literals_of", "pad_widths", "rewrite_literals"]
 
@@ -110,8 +110,8 @@ def literals_of(*names: str) -> Callable[[Row], Row]:
 
 def rewrite_literals(graph: fx.Graph, shapes: Shapes) -> list[LiteralChange]:
     """Rewrite every size in the graph that the cut changes, and return what was rewritten."""
-    numbers = Numbers(shapes, batch=BATCH)
-    other = Numbers(shapes, batch=BATCH + 1)
+    numbers = Numbers(shapes, batch=shapes.batch)
+    other = Numbers(shapes, batch=shapes.batch + 1)
     changes: list[LiteralChange] = []
     for node in list(graph.nodes):
         if node.op == "output":

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from graphprune.cut.shapes import Shapes
-from graphprune.labels.propagate import BATCH, TensorInfo
+from graphprune.labels.trace import TensorInfo
 
 __all__ = ["Numbers"]
 
@@ -53,7 +53,7 @@ class Numbers:
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, TensorInfo):
             shape = list(self._shapes.shape(value))
-            if shape and shape[0] == BATCH and value.field_of(0) is None:
+            if shape and shape[0] == self._shapes.batch and value.field_of(0) is None:
                 shape[0] = self._batch
             return torch.empty(shape, device="meta")
         if isinstance(value, (tuple, list)):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphprune.labels.field import Field, kept_extent
-from graphprune.labels.propagate import Labels, TensorInfo
+from graphprune.labels.trace import Labels, TensorInfo
 
 __all__ = ["Shapes"]
 
@@ -20,6 +20,7 @@ class Shapes:
     def __init__(self, labels: Labels, keep: NDArray[np.bool_]) -> None:
         """Take the labels of a program and which atoms stay."""
         self.values: Mapping[str, Any] = labels.values
+        self.batch = labels.batch
         self.keep = keep
         self._kept: dict[int, bool] = {}
         self._extents: dict[tuple[int, int], int] = {}

@@ -90,8 +90,12 @@ def _project(
     if not attention._qkv_same_embed_dim:
         weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
     elif is_self:
-        q, k, v = F.linear(query, attention.in_proj_weight, bias).split(sizes, dim=-1)
-        return q, k, v
+        parts = F.linear(query, attention.in_proj_weight, bias).split(sizes, dim=-1)
+        return (
+            parts[0],
+            parts[1],
+            parts[2],
+        )  # to unpack a proxy is slow: it reads the caller's bytecode
     else:
         q_weight, k_weight, v_weight = attention.in_proj_weight.split(sizes, dim=0)
         weights = (q_weight, k_weight, v_weight)

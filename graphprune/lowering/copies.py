@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 __all__ = ["copy_structure", "meta_copy", "meta_tensor"]
 
-_CONTAINERS = (dict, set, list, collections.OrderedDict)
+_CONTAINERS = frozenset((dict, set, list, collections.OrderedDict))
+_PLAIN = frozenset((bool, int, float, str, bytes, type(None), torch.dtype, torch.device))
+"""Kinds of value that lead to no module; most of what a module holds is of these."""
 
 
 def copy_structure(module: nn.Module) -> nn.Module:
@@ -24,8 +26,10 @@ def copy_structure(module: nn.Module) -> nn.Module:
     result = _copy(module, copies)
     for clone in copies.values():
         for name, value in clone.__dict__.items():
-            if name not in ("_modules", "_parameters", "_buffers"):
-                clone.__dict__[name] = _redirect(value, copies)
+            if type(value) in _PLAIN or name in ("_modules", "_parameters", "_buffers"):
+                continue
+            if (redirected := _redirect(value, copies)) is not value:
+                clone.__dict__[name] = redirected
     return result
 
 
@@ -78,7 +82,9 @@ def _redirect(value: Any, copies: dict[int, nn.Module]) -> Any:
         return copies.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in copies:
         return types.MethodType(value.__func__, copies[id(value.__self__)])
-    if type(value) not in (*_CONTAINERS, tuple) or not value:
+    if not (type(value) in _CONTAINERS or type(value) is tuple) or not value:
+        return value
+    if type(value) is tuple and all(type(item) in _PLAIN for item in value):
         return value
     if isinstance(value, dict):
         for key, item in value.items():

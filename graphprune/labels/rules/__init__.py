@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphprune.labels.propagate import Call, Rule, Trace
+    from graphprune.labels.trace import Call, Rule, Trace
 
 __all__ = ["find_rule", "known_operators", "rule"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from graphprune.labels.atoms import Atoms
 from graphprune.labels.field import Field, Fields, coarsen, meet
-from graphprune.labels.propagate import Call, Trace
 from graphprune.labels.rules import rule
 from graphprune.labels.rules.elementwise import FIXED
+from graphprune.labels.trace import Call, Trace
 
 __all__ = ["contracted"]
 

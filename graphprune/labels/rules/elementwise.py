@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graphprune.labels.field import Fields, meet
-from graphprune.labels.propagate import Call, Trace
 from graphprune.labels.rules import rule
+from graphprune.labels.trace import Call, Trace
 
 __all__ = ["FIXED", "met"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from graphprune.labels.field import Field, Fields, coarsen
-from graphprune.labels.propagate import Call, Trace
 from graphprune.labels.rules import rule
+from graphprune.labels.trace import Call, Trace
 
 __all__: list[str] = []
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from graphprune.labels.field import Field
-from graphprune.labels.propagate import Call, Trace
 from graphprune.labels.rules import rule
+from graphprune.labels.trace import Call, Trace
 
 __all__: list[str] = []
 
