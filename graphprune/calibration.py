@@ -1,13 +1,14 @@
 """Calibration: second moments of what flows into each linear and convolution layer, from one pass over data.
 
-A layer computes ``z = W y`` for every sample ``y`` of its input: a row of a linear layer's input, or a sliding-window
-patch of a convolution's. All that layer-wise second-order pruning needs of the data is, per convolution group,
+A layer computes ``z = W y`` for every sample ``y`` of its input (`graphprune.layers`). All that layer-wise second-order
+pruning needs of the data is, per convolution group,
 
     gram  = (1/n) sum_j y_j y_j^T                 cross = (1/n) sum_j ydense_j y_j^T
 
 where ``y`` ends in a constant 1 for a layer with a bias. Batches are streamed once: a sum over a chunk of patches is
 taken in the precision of the activations (float32; float64 for a program of doubles), and chunks are added up in
 float64. Nothing else is kept, and the graph runs no further than the last layer that is asked for.
+The overlapping patches of a convolution of stride 1 are not even written down (`graphprune.shifted`).
 
 Source: Dong, Chen and Pan 2017, "Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon", section
 3.3: one matrix Psi per layer serves every output unit, and each patch of a convolution is one sample.
@@ -19,43 +20,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from graphprune.errors import DataError, PassError
+from graphprune.layers import Layer, layers, padded, patches, unfold
 from graphprune.program import Program
+from graphprune.shifted import ShiftedProducts, pays_off
 
 __all__ = ["Layer", "Moments", "collect", "layers", "unfold"]
 
 _CHUNK = 1 << 22
 """Elements of a chunk of patches: 16 MiB in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A linear or convolution node whose weight is a parameter."""
-
-    node: str
-    """Name of the graph node."""
-    weight: str
-    """Name of the weight, as in `Program.named_tensors`; a weight that several nodes use makes several layers."""
-    bias: str | None
-    """Name of the bias."""
-    kind: Literal["linear", "conv"]
-    input: str
-    """Name of the node whose output the layer reads."""
-    groups: int = 1
-    """Convolution groups; 1 for linear."""
-    stride: tuple[int, ...] = ()
-    """Per spatial dimension, as are the next two; empty for linear."""
-    dilation: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    """Elements before and after."""
-    padding_mode: str = "constant"
-    """As `torch.nn.functional.pad` has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,52 +55,6 @@ class Moments:
     """Mean of ``ydense y^T``, where a reference was given."""
     has_constant: bool = False
     """Whether the last row and column belong to the constant 1."""
-
-
-def layers(program: Program) -> tuple[Layer, ...]:
-    """Return the linear and convolution layers of a program, in graph order.
-
-    These are calls of `nn.Linear` and `nn.Conv1d` to `nn.Conv3d`, and of the functions and ATen operators of the same
-    meaning whose weight is read straight from a parameter. Transposed convolutions are not among them, nor are modules
-    with a forward of their own (weight standardisation).
-    """
-    names = {id(tensor): name for name, tensor in program.module.named_parameters()}
-    found = []
-    for node in program.module.graph.nodes:
-        layer = None
-        if node.op == "call_module":
-            layer = _of_module(node, program.module.get_submodule(str(node.target)), names)
-        elif node.op == "call_function" and node.target in _FUNCTIONS:
-            layer = _of_function(node, program.module, names)
-        if layer is not None:
-            found.append(layer)
-    return tuple(found)
-
-
-def unfold(layer: Layer, x: Tensor, kernel_size: Sequence[int] = ()) -> Tensor:
-    """Return the input of a layer as samples: rows whose product with ``weight.flatten(1)`` is the layer's output.
-
-    Args:
-        layer: Where `x` flows in.
-        x: The layer's input, batched.
-        kernel_size: Spatial shape of the weight; empty for linear.
-
-    Shapes:
-        x: ``[..., features]`` for linear, ``[batch, channels, *space]`` for a convolution.
-        result: ``[groups, samples, features]``; linear: every leading dimension counts samples; convolution: a sample
-            is a patch, samples go by image and place, features by channel of the group and place in the kernel.
-    """
-    if layer.kind == "linear":
-        return x.reshape(1, -1, x.shape[-1])
-    windows = _windows(layer, _padded(layer, x), kernel_size)
-    space = len(kernel_size)
-    batch, channels = windows.shape[:2]
-    grouped = windows.reshape(batch, layer.groups, channels // layer.groups, *windows.shape[2:])
-    places = range(3, 3 + space)
-    kernel = range(3 + space, 3 + 2 * space)
-    return grouped.permute(1, 0, *places, 2, *kernel).reshape(
-        layer.groups, batch * math.prod(windows.shape[2 : 2 + space]), -1
-    )
 
 
 @torch.no_grad()
@@ -155,15 +88,24 @@ def collect(
         PassError: A node is not a layer, of the program or of the reference.
         DataError: There are no batches, or a layer's input is not finite.
     """
+    if max_patches is not None and max_patches < 1:
+        raise PassError(f"expected max_patches of at least 1, found {max_patches}")
     chosen = _chosen(program, nodes, "the program")
     recorder = _Recorder(program, chosen, device)
     dense = None
     if reference is not None:
         dense = _Recorder(reference, _chosen(reference, list(chosen), "the reference"), device)
-    if max_patches is not None and max_patches < 1:
-        raise PassError(f"expected max_patches of at least 1, found {max_patches}")
     generator = torch.Generator().manual_seed(0)
-    sums: dict[str, _Sum] = {}
+    sums = {
+        node: _Sum(
+            layer,
+            dense.chosen[node] if dense else None,
+            constant=bias and layer.bias is not None,
+            limit=max_patches,
+            generator=generator,
+        )
+        for node, layer in chosen.items()
+    }
     num_batches = 0
     with _evaluating(program.module), _evaluating((reference or program).module):
         for batch in batches:
@@ -174,152 +116,12 @@ def collect(
                 dense.record(inputs, seen.__setitem__)
 
             def add(node: str, x: Tensor, seen: dict[str, Tensor] = seen) -> None:
-                total = sums.get(node)
-                if total is None:
-                    total = sums[node] = _Sum(
-                        chosen[node],
-                        recorder.kernels[node],
-                        dense.chosen[node] if dense else None,
-                        dense.kernels[node] if dense else (),
-                        constant=bias and chosen[node].bias is not None,
-                    )
-                total.add(x, seen.pop(node, None), max_patches, generator)
+                sums[node].add(x, seen.pop(node, None))
 
             recorder.record(inputs, add)
     if not num_batches and chosen:
         raise DataError("calibration expected at least one batch of samples, found none")
-    return {node: sums[node].moments(dtype) for node in chosen}
-
-
-# -- finding layers ---------------------------------------------------------------------------------------------
-
-
-_MODULES: tuple[tuple[type[nn.Module], Any], ...] = (
-    (nn.Linear, nn.Linear.forward),
-    (nn.Conv1d, nn.Conv1d.forward),
-    (nn.Conv2d, nn.Conv2d.forward),
-    (nn.Conv3d, nn.Conv3d.forward),
-)
-
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_FUNCTIONS: dict[Any, tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    torch.ops.aten.linear.default: ("input", "weight", "bias"),
-    F.conv1d: _CONV,
-    F.conv2d: _CONV,
-    F.conv3d: _CONV,
-    torch.ops.aten.conv1d.default: _CONV,
-    torch.ops.aten.conv2d.default: _CONV,
-    torch.ops.aten.conv3d.default: _CONV,
-    torch.ops.aten.conv1d.padding: _CONV,
-    torch.ops.aten.conv2d.padding: _CONV,
-    torch.ops.aten.conv3d.padding: _CONV,
-    torch.ops.aten.convolution.default: (
-        *_CONV[:6],
-        "transposed",
-        "output_padding",
-        "groups",
-    ),
-}
-"""Function -> the names of its arguments."""
-
-
-def _of_module(node: fx.Node, module: nn.Module, names: Mapping[int, str]) -> Layer | None:
-    kind = next(
-        (k for k, forward in _MODULES if isinstance(module, k) and type(module).forward is forward),
-        None,
-    )
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    weight = module._parameters.get("weight")
-    if kind is None or weight is None or not isinstance(source, fx.Node):
-        return None
-    bias = module._parameters.get("bias")
-    bias_name = None if bias is None else names[id(bias)]
-    if isinstance(module, nn.Linear):
-        return Layer(
-            node=node.name,
-            weight=names[id(weight)],
-            bias=bias_name,
-            kind="linear",
-            input=source.name,
-        )
-    given: dict[str, Any] = {
-        n: getattr(module, n) for n in ("stride", "padding", "dilation", "groups")
-    }
-    mode = str(module.padding_mode)
-    return _convolution(node, source, weight, names[id(weight)], bias_name, given, mode)
-
-
-def _of_function(node: fx.Node, root: nn.Module, names: Mapping[int, str]) -> Layer | None:
-    given = {**dict(zip(_FUNCTIONS[node.target], node.args, strict=False)), **node.kwargs}
-    source, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
-    found = _parameter(root, weight)
-    if found is None or not isinstance(source, fx.Node) or given.get("transposed"):
-        return None
-    offset = _parameter(root, bias)
-    if bias is not None and offset is None:
-        return None
-    bias_name = None if offset is None else names[id(offset)]
-    name = names[id(found)]
-    if "stride" not in _FUNCTIONS[node.target]:
-        return Layer(node=node.name, weight=name, bias=bias_name, kind="linear", input=source.name)
-    if any(isinstance(leaf, fx.Node) for leaf in _leaves(given)):
-        return None  # geometry that the graph computes
-    return _convolution(node, source, found, name, bias_name, given, "zeros")
-
-
-def _leaves(given: Mapping[str, Any]) -> Iterator[Any]:
-    for name in ("stride", "padding", "dilation", "groups"):
-        value = given.get(name)
-        yield from value if isinstance(value, (tuple, list)) else (value,)
-
-
-def _parameter(root: nn.Module, value: Any) -> nn.Parameter | None:
-    if not isinstance(value, fx.Node) or value.op != "get_attr":
-        return None
-    found: Any = root
-    for part in str(value.target).split("."):
-        found = getattr(found, part)
-    return found if isinstance(found, nn.Parameter) else None
-
-
-def _convolution(
-    node: fx.Node,
-    source: fx.Node,
-    weight: Tensor,
-    name: str,
-    bias: str | None,
-    given: Mapping[str, Any],
-    mode: str,
-) -> Layer:
-    kernel = weight.shape[2:]
-
-    def each(key: str, default: int) -> tuple[int, ...]:
-        value = given.get(key, default)
-        sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        return sizes * len(kernel) if len(sizes) == 1 else sizes
-
-    dilation = each("dilation", 1)
-    padding = given.get("padding", 0)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        sides = tuple((t // 2, t - t // 2) for t in total)
-    elif padding == "valid":
-        sides = ((0, 0),) * len(kernel)
-    else:
-        sides = tuple((p, p) for p in each("padding", 0))
-    return Layer(
-        node=node.name,
-        weight=name,
-        bias=bias,
-        kind="conv",
-        input=source.name,
-        groups=given.get("groups", 1),
-        stride=each("stride", 1),
-        dilation=dilation,
-        padding=sides,
-        padding_mode="constant" if mode == "zeros" else mode,
-    )
+    return {node: total.moments(dtype) for node, total in sums.items()}
 
 
 def _chosen(program: Program, nodes: Sequence[str] | None, what: str) -> dict[str, Layer]:
@@ -345,10 +147,8 @@ class _Recorder(fx.Interpreter):
         self, program: Program, chosen: Mapping[str, Layer], device: str | torch.device
     ) -> None:
         self.chosen = dict(chosen)
-        weights = dict(program.module.named_parameters())
-        self.kernels = {n: tuple(weights[c.weight].shape[2:]) for n, c in chosen.items()}
         self.device = torch.device(device)
-        home = next(iter(weights.values()), torch.empty(0)).device
+        home = next((t.device for _, t in program.named_tensors()), self.device)
         module = program.module if home == self.device else program.clone().module.to(self.device)
         short, sources = _shortened(module, self.chosen)
         super().__init__(short)
@@ -367,13 +167,14 @@ class _Recorder(fx.Interpreter):
             return super().run_node(n)
         layer = self.chosen[node]
         source = n.args[0] if n.args else n.kwargs["input"]
-        assert isinstance(source, fx.Node) and self.hand_out is not None
+        assert isinstance(source, fx.Node)
+        assert self.hand_out is not None
         x: Tensor = self.env[source]
         if layer.kind == "conv" and x.dim() == 1 + len(layer.stride):
             x = x.unsqueeze(0)
         self.hand_out(node, x)
         # The last layer's own output is not wanted.
-        return None if node == next(reversed(self.chosen)) else super().run_node(n)
+        return None if node == next(reversed(tuple(self.chosen))) else super().run_node(n)
 
 
 def _shortened(
@@ -382,7 +183,7 @@ def _shortened(
     """Return a module that shares every tensor with `module` and ends at the last chosen node, and those nodes."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    last = next(reversed(chosen), None)
+    last = next(reversed(tuple(chosen)), None)
     for node in module.graph.nodes:
         if node.op == "output":
             break
@@ -411,127 +212,193 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class _Sum:
-    """Adds up the moments of one layer."""
+    """Adds up the moments of one layer, without the constant, which needs the sums of the samples only."""
 
     def __init__(
         self,
         layer: Layer,
-        kernel: tuple[int, ...],
         dense: Layer | None,
-        dense_kernel: tuple[int, ...],
         *,
         constant: bool,
+        limit: int | None,
+        generator: torch.Generator,
     ) -> None:
-        self.layer, self.kernel = layer, kernel
-        self.dense, self.dense_kernel = dense, dense_kernel
+        self.layer, self.dense = layer, dense
         self.constant = constant
+        self.limit, self.generator = limit, generator
         self.count = 0
-        self.gram: Tensor | None = None
-        self.cross: Tensor | None = None
+        self.gram = _Product()
+        self.cross = _Product()
 
-    def add(
-        self, x: Tensor, dense: Tensor | None, limit: int | None, generator: torch.Generator
-    ) -> None:
+    def add(self, x: Tensor, dense: Tensor | None) -> None:
         """Add one batch."""
-        pieces = _split(self.layer, x, self.kernel)
-        dense_pieces: Iterable[Tensor | None] = [None] * len(pieces)
-        if dense is not None:
-            if len(dense) != len(x):
-                raise PassError(
-                    f"layer {self.layer.node}: the reference has an input of shape {tuple(dense.shape)}, the program "
-                    f"one of {tuple(x.shape)}; expected as many samples"
-                )
-            dense_pieces = _split_like(self.layer, dense, pieces)
-        total = used = 0
-        gram = cross = None
-        drawn = None
-        if limit is not None:
-            samples = sum(self._unfolded(p[:1]).shape[1] * len(p) for p in pieces)
-            if samples > limit:
-                drawn = torch.randperm(samples, generator=generator)[:limit].sort().values
-        for piece, other in zip(pieces, dense_pieces, strict=True):
-            rows = self._unfolded(piece)
-            chosen = None
-            if drawn is not None:
-                inside = (drawn >= total) & (drawn < total + rows.shape[1])
-                chosen = (drawn[inside] - total).to(rows.device)
-            total += rows.shape[1]
-            rows = _with_constant(rows if chosen is None else rows[:, chosen], self.constant)
-            used += rows.shape[1]
-            product = (rows.mT @ rows).double()
-            gram = product if gram is None else gram + product
-            if other is not None:
-                assert self.dense is not None
-                matched = _float(unfold(self.dense, other, self.dense_kernel))
-                matched = matched if chosen is None else matched[:, chosen]
-                product = (_with_constant(matched, self.constant).mT @ rows).double()
-                cross = product if cross is None else cross + product
-        scale = total / max(1, used)
-        self.count += total
-        if gram is not None:
-            self.gram = gram * scale if self.gram is None else self.gram + gram * scale
-        if cross is not None:
-            self.cross = cross * scale if self.cross is None else self.cross + cross * scale
-
-    def _unfolded(self, x: Tensor) -> Tensor:
-        return _float(unfold(self.layer, x, self.kernel))
+        x, dense = _float(x), None if dense is None else _float(dense)
+        if self.layer.kind == "linear":
+            x = x.reshape(-1, x.shape[-1])
+            dense = None if dense is None else dense.reshape(-1, dense.shape[-1])
+        if dense is not None and (len(dense), dense.shape[2:]) != (len(x), x.shape[2:]):
+            raise PassError(
+                f"layer {self.layer.node}: the reference has an input of shape {tuple(dense.shape)}, the program "
+                f"one of {tuple(x.shape)}; expected as many samples"
+            )
+        places = _places(self.layer, x)
+        if not len(x) * places:
+            raise DataError(f"calibration found a batch without samples at layer {self.layer.node}")
+        self.count += len(x) * places
+        if self._is_shifted(x):
+            self._add_shifted(x, dense)
+        else:
+            self._add_samples(x, dense, places)
 
     def moments(self, dtype: torch.dtype) -> Moments:
         """Return the means."""
-        assert self.gram is not None
-        if not bool(self.gram.isfinite().all()):
+        gram = self.gram.mean(self.count, constant=self.constant).to("cpu", dtype)
+        if not bool(gram.isfinite().all()):
             raise DataError(
                 f"calibration found values that are not finite flowing into layer {self.layer.node}; "
                 "look at the data and its normalisation"
             )
-        n = max(1, self.count)
+        cross = None
+        if self.dense is not None:
+            cross = self.cross.mean(self.count, constant=self.constant).to("cpu", dtype)
         return Moments(
             layer=self.layer,
-            gram=(self.gram / n).to("cpu", dtype),
+            gram=gram,
             count=self.count,
-            cross=None if self.cross is None else (self.cross / n).to("cpu", dtype),
+            cross=cross,
             has_constant=self.constant,
         )
+
+    def _add_samples(self, x: Tensor, dense: Tensor | None, places: int) -> None:
+        """Write the samples down, some at a time."""
+        samples = len(x) * places
+        drawn, scale = None, 1.0
+        if self.limit is not None and samples > self.limit:
+            drawn = torch.randperm(samples, generator=self.generator)[: self.limit].sort().values
+            scale = samples / self.limit  # a few samples that stand for all count more
+        step = max(1, _CHUNK // (places * math.prod(self.layer.kernel_size) * x.shape[1]))
+        for first in range(0, len(x), step):
+            part = slice(first, first + step)
+            own = None
+            if drawn is not None:
+                own = drawn[(drawn >= first * places) & (drawn < (first + step) * places)]
+                own = (own - first * places).to(x.device)
+            rows = _samples(self.layer, x[part], own)
+            self.gram.add(rows, rows, scale)
+            if dense is not None:
+                others = _samples(self.dense or self.layer, dense[part], own)
+                self.cross.add(others, rows, scale)
+
+    def _is_shifted(self, x: Tensor) -> bool:
+        """Whether products of shifted images serve, and are worth their while."""
+        layer, dense = self.layer, self.dense or self.layer
+        if layer.kind == "linear" or self.limit is not None or layer.groups > 1 or x.dim() != 4:
+            return False
+        if {*layer.stride} != {1} or _geometry(layer) != _geometry(dense):
+            return False
+        sizes = [n + sum(p) for n, p in zip(x.shape[2:], layer.padding, strict=True)]
+        # Only a border of zeros costs nothing.
+        image = x.shape[2:] if layer.padding_mode == "constant" else sizes
+        return pays_off(layer.kernel_size, layer.dilation, image, _output(layer, sizes))
+
+    def _add_shifted(self, x: Tensor, dense: Tensor | None) -> None:
+        """Add up products of shifted images."""
+        layer = self.layer
+        zeros = layer.padding_mode == "constant"
+        sides = layer.padding if zeros else ((0, 0), (0, 0))
+        arguments: Any = (layer.kernel_size, layer.dilation, sides)
+        products, crossed = ShiftedProducts(*arguments), ShiftedProducts(*arguments)
+        step = max(1, _CHUNK // (2 * math.prod(x.shape[1:])))
+        for first in range(0, len(x), step):
+            images = x[first : first + step] if zeros else padded(layer, x[first : first + step])
+            products.add(images)
+            if dense is not None:
+                others = dense[first : first + step]
+                crossed.add(others if zeros else padded(layer, others), images)
+        own = _sum_of_patches(layer, x)
+        self.gram.add_sums(products.total()[None], own, own)
+        if dense is not None:
+            self.cross.add_sums(crossed.total()[None], _sum_of_patches(layer, dense), own)
+
+
+class _Product:
+    """Sums over samples of ``left right^T``, of left and of right, in float64."""
+
+    def __init__(self) -> None:
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def add(self, left: Tensor, right: Tensor, scale: float) -> None:
+        """Add samples, ``[groups, samples, features]``."""
+        product = (left.mT @ right).double() * scale
+        own = left.sum(1, dtype=torch.float64) * scale
+        other = own if left is right else right.sum(1, dtype=torch.float64) * scale
+        self.add_sums(product, own, other)
+
+    def add_sums(self, product: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add sums, ``[groups, features, features]`` and twice ``[groups, features]``."""
+        if self.sums is None:
+            self.sums = product, left, right
+        else:
+            self.sums = self.sums[0] + product, self.sums[1] + left, self.sums[2] + right
+
+    def mean(self, count: int, *, constant: bool) -> Tensor:
+        """Return the mean product, where asked for with the constant 1 as last row and column."""
+        assert self.sums is not None
+        product, left, right = (total / count for total in self.sums)
+        if not constant:
+            return product
+        right = F.pad(right, (0, 1), value=1.0)
+        return torch.cat([torch.cat([product, left[..., None]], 2), right[:, None]], 1)
 
 
 def _float(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _with_constant(rows: Tensor, constant: bool) -> Tensor:
-    return F.pad(rows, (0, 1), value=1.0) if constant else rows
+def _geometry(layer: Layer) -> tuple[object, ...]:
+    return (
+        layer.kernel_size,
+        layer.stride,
+        layer.dilation,
+        layer.padding,
+        layer.padding_mode,
+        layer.groups,
+    )
 
 
-def _split(layer: Layer, x: Tensor, kernel: tuple[int, ...]) -> Sequence[Tensor]:
-    """Cut a batch into pieces whose patches fit into a chunk; a piece holds at least one sample."""
+def _output(layer: Layer, sizes: Sequence[int]) -> list[int]:
+    """Return the output's spatial sizes for those of the padded input."""
+    return [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, d, s in zip(sizes, layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    ]
+
+
+def _places(layer: Layer, x: Tensor) -> int:
+    """Return the number of samples that one element of the batch makes."""
+    return math.prod(
+        _output(layer, [n + sum(p) for n, p in zip(x.shape[2:], layer.padding, strict=True)])
+    )
+
+
+def _samples(layer: Layer, x: Tensor, chosen: Tensor | None) -> Tensor:
+    """Return all samples or the chosen ones, ``[groups, samples, features]``."""
+    if chosen is None:
+        return unfold(layer, x)
     if layer.kind == "linear":
-        return _rows(x).split(max(1, _CHUNK // x.shape[-1]))
-    places = 1
-    for size, (before, after), k, d, s in zip(
-        x.shape[2:], layer.padding, kernel, layer.dilation, layer.stride, strict=True
-    ):
-        places *= (size + before + after - d * (k - 1) - 1) // s + 1
-    per_image = places * x.shape[1] * math.prod(kernel)
-    return x.split(max(1, _CHUNK // max(1, per_image)))
+        return x[chosen][None]
+    found = patches(layer, padded(layer, x), layer.kernel_size)
+    space = len(layer.kernel_size)
+    sizes = (len(found), *found.shape[2 : 2 + space])
+    image, *places = torch.unravel_index(chosen, sizes)
+    index: Any = (image, slice(None), *places)
+    drawn = found[index]  # [samples, channels, *kernel]
+    return drawn.reshape(len(chosen), layer.groups, -1).transpose(0, 1)
 
 
-def _split_like(layer: Layer, x: Tensor, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
-    return (_rows(x) if layer.kind == "linear" else x).split([len(p) for p in pieces])
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _padded(layer: Layer, x: Tensor) -> Tensor:
-    sides = [side for pair in reversed(layer.padding) for side in pair]
-    return F.pad(x, sides, mode=layer.padding_mode) if any(sides) else x
-
-
-def _windows(layer: Layer, x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Return ``[batch, channels, *places, *kernel]``, a view."""
-    for dim, (size, stride, dilation) in enumerate(
-        zip(kernel, layer.stride, layer.dilation, strict=True)
-    ):
-        x = x.unfold(2 + dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    return x
+def _sum_of_patches(layer: Layer, x: Tensor) -> Tensor:
+    """Return the sum of the patches of a batch of images, ``[1, features]``: the patches of their sum."""
+    # Two steps: a sum that converts what it adds is slow. Few images are added up in single precision.
+    parts = torch.stack([part.sum(0) for part in x.split(64)])
+    total = padded(layer, parts.sum(0, keepdim=True, dtype=torch.float64))
+    return patches(layer, total, layer.kernel_size).sum((2, 3)).flatten(1)
