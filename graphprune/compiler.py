@@ -1,12 +1,10 @@
 """compile and apply: a model goes in; a smaller, proven, exported and measured one comes out.
 
-Both build a pipeline as text (`default_pipeline`, `replay_pipeline`), so that what they do can be read, printed and
-changed on the command line, and this module knows no pass class.
+Both build a pipeline as text (`graphprune.defaults`), and this module knows no pass class.
 """
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
@@ -16,9 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from graphprune import registry, textform
-from graphprune.budget import parse_round_to, parse_target
-from graphprune.devices import pick_device
+from graphprune.defaults import (
+    DEFAULT_GRANULARITY,
+    DEFAULT_METHOD,
+    DEFAULT_ROUND_TO,
+    DEFAULT_TARGET,
+    default_pipeline,
+    replay_pipeline,
+)
+from graphprune.devices import pick_device, take_own_gpu
 from graphprune.environment import environment
 from graphprune.errors import PlanError, UsageError
 from graphprune.pipeline import Callback, Pipeline, PipelineResult
@@ -39,11 +43,6 @@ __all__ = [
     "evaluate_model",
     "replay_pipeline",
 ]
-
-DEFAULT_TARGET = "macs=0.5"
-DEFAULT_METHOD = "magnitude"
-DEFAULT_ROUND_TO = "auto"
-DEFAULT_GRANULARITY = "channels"
 
 EVALUATION_BATCH = 256
 """Samples at a time where accuracy is measured."""
@@ -85,62 +84,6 @@ class CompileResult:
         return apply_plan_to(model, self.dense, self.program, self.plan)
 
 
-def default_pipeline(
-    *,
-    target: str = DEFAULT_TARGET,
-    method: str = DEFAULT_METHOD,
-    granularity: str = DEFAULT_GRANULARITY,
-    round_to: int | str = DEFAULT_ROUND_TO,
-    has_data: bool = False,
-    export: bool = True,
-) -> str:
-    """Return the pipeline of `compile` as text.
-
-    Raises:
-        TargetError: `target` cannot be read or is out of range.
-        UsageError: `method` is no method.
-    """
-    parse_target(target)  # before any work is done for it
-    parse_round_to(str(round_to))
-    _must_be_method(method)
-    choice: dict[str, textform.Value] = {"target": target}
-    if round_to != DEFAULT_ROUND_TO:
-        choice["round_to"] = str(round_to)
-    if granularity != DEFAULT_GRANULARITY:
-        choice["granularity"] = granularity
-    steps = [
-        "dependency-groups",  # which channels must go together, and which cannot go
-        method,  # what each of them is worth
-        textform.format_pass(
-            "choose-channels", choice
-        ),  # the cheapest choice that reaches the target
-        *_after_the_choice(has_data=has_data, export=export),
-    ]
-    return ",".join(steps)
-
-
-def replay_pipeline(plan: str | Path, *, has_data: bool = False, export: bool = True) -> str:
-    """Return the pipeline of `apply` as text."""
-    steps = [
-        "dependency-groups",  # the plan is checked against the coupling of this model
-        textform.format_pass("load-plan", {"path": str(plan)}),
-        *_after_the_choice(has_data=has_data, export=export),
-    ]
-    return ",".join(steps)
-
-
-def _after_the_choice(*, has_data: bool, export: bool) -> list[str]:
-    steps = [
-        "remove-channels",  # the cut; the driver proves it exact
-        "clean-up",  # what the cut left without a purpose
-    ]
-    if has_data:
-        steps.append("reestimate-batch-norm")  # fewer channels, other statistics
-    if export:
-        steps += ["export-onnx", "export-program"]  # written, read back, compared
-    return steps
-
-
 def compile(
     model: nn.Module | str | Path | Program,
     example_inputs: Any = None,
@@ -158,6 +101,9 @@ def compile(
     trust: Sequence[str] = (),
     trust_all: bool = False,
     passes: str | Pipeline | None = None,
+    epochs: int = 0,
+    task: str = "",
+    resume: bool = False,
     device: str = "auto",
     callbacks: Sequence[Callback] = (),
     progress: Progress | None = None,
@@ -187,6 +133,10 @@ def compile(
         trust: Classes that a pickle may name besides those of torch, torchvision and timm.
         trust_all: Let a pickle name any class.
         passes: A pipeline of your own in place of the default one; it has its own target and method.
+        epochs: Epochs of fine-tuning after the cut, by the pass ``fine-tune`` with its defaults; needs `data`.
+        task: What to train for, ``package.module:factory`` of a `graphprune.training.Task`, in place of
+            classification; accuracy is not measured then.
+        resume: Go on with a run into `out` that was interrupted while it trained.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         callbacks: Called between passes with (previous, program, next).
         progress: Where long work is shown; nowhere unless given.
@@ -194,7 +144,12 @@ def compile(
     Raises:
         GraphpruneError: See `graphprune.errors` for the tree.
     """
+    take_own_gpu()
     source = _load_data(data)
+    if task:
+        from graphprune.training import load_task
+
+        load_task(task)  # before any work is done for it
     if passes is None:
         text = default_pipeline(
             target=target,
@@ -202,19 +157,23 @@ def compile(
             granularity=granularity,
             round_to=round_to,
             has_data=source is not None,
+            epochs=epochs,
+            task=task,
             export=export,
         )
         pipeline = Pipeline.parse(text)
     else:
-        changed = (target, method, granularity, round_to) != (
+        changed = (target, method, granularity, round_to, epochs) != (
             DEFAULT_TARGET,
             DEFAULT_METHOD,
             DEFAULT_GRANULARITY,
             DEFAULT_ROUND_TO,
+            0,
         )
         if changed:
             raise UsageError(
-                "passes= stands in place of target=, method=, granularity= and round_to=; give one or the other"
+                "passes= stands in place of target=, method=, granularity=, round_to= and epochs=; "
+                "give one or the other"
             )
         pipeline = Pipeline.parse(passes) if isinstance(passes, str) else passes
     job = _Job(
@@ -229,8 +188,9 @@ def compile(
         verify=verify,
         callbacks=tuple(callbacks),
         progress=progress or SilentProgress(),
+        is_classification=not task,
     )
-    with staging(out) as folder:
+    with staging(out, resume=resume) as folder:
         return job.run(pipeline, folder)
 
 
@@ -361,6 +321,7 @@ class _Job:
     verify: bool
     callbacks: tuple[Callback, ...]
     progress: Progress
+    is_classification: bool = True
 
     def run(self, pipeline: Pipeline, folder: Staging) -> CompileResult:
         dense = self.capture()
@@ -374,6 +335,8 @@ class _Job:
             verify=self.verify,
             callbacks=self.callbacks,
             progress=self.progress,
+            checkpoints=folder.checkpoints,
+            resume=folder.resume,
         )
         accuracy_after = self.accuracy(result.program)
         found = result.facts.get(Plan)
@@ -434,7 +397,7 @@ class _Job:
     def accuracy(self, program: Program) -> float | None:
         from graphprune.data import evaluate
 
-        if self.data is None:
+        if self.data is None or not self.is_classification:
             return None
         return evaluate(
             program,
@@ -461,14 +424,3 @@ def _load_data(data: DataSource | str | None) -> DataSource | None:
     from graphprune.data import load_data
 
     return load_data(data) if isinstance(data, str) else data
-
-
-def _must_be_method(method: str) -> None:
-    parsed = textform.parse(method)
-    known = registry.names()
-    if len(parsed) == 1 and parsed[0].name in known and registry.load(parsed[0].name).is_method:
-        return
-    methods = registry.methods()
-    close = difflib.get_close_matches(parsed[0].name, methods, n=2)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"methods are {', '.join(methods)}"
-    raise UsageError(f"no method is called {method!r}; {hint}")

@@ -2,8 +2,9 @@
 
     cifar10:DIR   mnist:DIR   fashion-mnist:DIR   imagefolder:DIR   digits   package.module:function
 
-Options follow after commas: ``normalize=imagenet|cifar10|mnist|none|0.5|m1/m2/m3:s1/s2/s3`` and ``size=N``. Nothing is
-ever downloaded. The small sets are held as one uint8 tensor and normalised batch by batch.
+Options follow after commas: ``normalize=imagenet|cifar10|mnist|none|0.5|m1/m2/m3:s1/s2/s3``, ``size=N``, and for every
+source ``holdout=0.1``, which tests on that fraction of the training set. Nothing is ever downloaded. The small sets are
+held as one uint8 tensor and normalised batch by batch.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -27,7 +29,7 @@ from graphprune.program import Program
 from graphprune.progress import Progress, SilentProgress
 from graphprune.runtime import Session
 
-__all__ = ["DataSource", "evaluate", "load_data"]
+__all__ = ["DataSource", "TensorImages", "evaluate", "innermost", "load_data"]
 
 Split = Literal["train", "test"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -64,7 +66,7 @@ class DataSource:
     input_shape: tuple[int, ...]
     """Shape of one sample."""
     num_classes: int
-    """Number of labels."""
+    """Number of labels; 0 where targets are no integers."""
     split: Callable[[Split], Dataset[Any]]
     """Returns the data set of one split; the training set is read when it is first asked for."""
 
@@ -93,6 +95,25 @@ class DataSource:
         if limit is not None and limit < total:
             dataset = Subset(dataset, [index * total // limit for index in range(limit)])
         return _loader(dataset, batch_size, shuffle=False, generator=None)
+
+    def hold_out(self, fraction: float) -> DataSource:
+        """Return a source that tests on a fraction of this one's training set, and trains on the rest.
+
+        For choices: what is chosen by looking at the test set is measured too well there. The samples are drawn once
+        and for all, whatever the seed of a run.
+
+        Raises:
+            DataError: The fraction leaves one of the two parts empty.
+        """
+        total = _length(self.split("train"))
+        count = round(fraction * total)
+        if not 0 < count < total:
+            raise DataError(
+                f"expected holdout= to be a fraction that leaves samples in both parts of {total}, found {fraction}"
+            )
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+        parts = {"train": sorted(order[count:]), "test": sorted(order[:count])}
+        return replace(self, split=lambda name: Subset(self.split("train"), parts[name]))
 
 
 class TensorImages(Dataset[tuple[Tensor, Tensor]]):
@@ -148,6 +169,17 @@ def load_data(spec: str) -> DataSource:
         DataError: The name or an option is unknown, or the folder does not hold what it should.
     """
     head, options = _parse(spec)
+    if (fraction := options.pop("holdout", None)) is not None:
+        rest = ",".join([head, *(f"{name}={value}" for name, value in options.items())])
+        try:
+            held_out = load_data(rest).hold_out(float(fraction))
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"data {spec!r}: expected holdout= to be a fraction, found {fraction!r}"
+            ) from error
+        return replace(held_out, name=spec)
     kind, _, where = head.partition(":")
     if head == "digits":
         return _digits(spec, _Options(spec, options, default="none"))
@@ -227,7 +259,7 @@ class _Options:
         unknown = [name for name in given if name not in known]
         if unknown:
             raise DataError(
-                f"data {spec!r}: unknown option {unknown[0]!r}; known: {', '.join(known)}"
+                f"data {spec!r}: unknown option {unknown[0]!r}; known: {', '.join(known)}, holdout"
             )
         self.spec = spec
         self.given = given
@@ -425,9 +457,8 @@ def _source(
         )
     if num_classes is None:
         named = getattr(test, "classes", None)
-        num_classes = (
-            len(named) if named else 1 + max(int(test[i][1]) for i in range(_length(test)))
-        )
+        labels = [] if named else [_label(test[i][1]) for i in range(_length(test))]
+        num_classes = len(named) if named else 1 + max(labels)
     return DataSource(
         name=spec, input_shape=tuple(sample[0].shape), num_classes=num_classes, split=split
     )
@@ -438,13 +469,25 @@ def _loader(
 ) -> DataLoader[Any]:
     if batch_size < 1:
         raise DataError(f"expected a batch size of at least 1, found {batch_size}")
-    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
-    collate = _as_is if isinstance(inner, TensorImages) else None
+    collate = _as_is if isinstance(innermost(dataset), TensorImages) else None
     return DataLoader(dataset, batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
+
+
+def innermost(dataset: Dataset[Any]) -> Dataset[Any]:
+    """Return the data set that a chain of subsets draws from."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _label(target: Any) -> int:
+    """Return an integer label, or -1 for a target of another kind."""
+    value = target.item() if isinstance(target, Tensor) and target.dim() == 0 else target
+    return int(value) if isinstance(value, (int, np.integer)) else -1
 
 
 def _length(dataset: Dataset[Any]) -> int:

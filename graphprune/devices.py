@@ -1,12 +1,14 @@
-"""Where to compute."""
+"""Where to compute, and which of several processes this is."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from graphprune.errors import UsageError
 
-__all__ = ["pick_device"]
+__all__ = ["is_main_process", "pick_device", "take_own_gpu"]
 
 
 def pick_device(device: str) -> str:
@@ -29,3 +31,15 @@ def pick_device(device: str) -> str:
             "use auto or cpu, or see `graphprune doctor`"
         )
     return device
+
+
+def is_main_process() -> bool:
+    """Return whether this is the only process, or the first of those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def take_own_gpu() -> None:
+    """Make ``cuda`` mean the GPU that belongs to this process, where a launcher started one process per GPU."""
+    own = int(os.environ.get("LOCAL_RANK", "-1"))
+    if 0 <= own < torch.cuda.device_count():
+        torch.cuda.set_device(own)

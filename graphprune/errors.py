@@ -12,6 +12,8 @@ A message says what was expected, what was found (with values), where, and what 
     |-- AnalysisError                labels that contradict each other
     |-- PlanError (ValueError)       a plan that does not fit the program
     |-- TargetError (ValueError)     a target out of range, or one that no removal can reach
+    |-- TrainingError                a training that diverged or cannot go on
+    |-- CheckpointError (ValueError) a checkpoint that cannot be read, or belongs to another run
     |-- PassError                    a pass failed; names the pass and what it was given
     |-- VerifyError                  a cut that is not exact; names the first node that differs
     |-- ApplyError                   the user's own class cannot hold the cut model
@@ -25,6 +27,7 @@ __all__ = [
     "AnalysisError",
     "ApplyError",
     "CaptureError",
+    "CheckpointError",
     "DataError",
     "ExportError",
     "ForbiddenClassError",
@@ -35,6 +38,7 @@ __all__ = [
     "PassError",
     "PlanError",
     "TargetError",
+    "TrainingError",
     "UsageError",
     "VerifyError",
 ]
@@ -78,6 +82,14 @@ class PlanError(GraphpruneError, ValueError):
 
 class TargetError(GraphpruneError, ValueError):
     """A target is out of range, or no removal can reach it."""
+
+
+class TrainingError(GraphpruneError):
+    """A training diverged, or cannot go on."""
+
+
+class CheckpointError(GraphpruneError, ValueError):
+    """A checkpoint cannot be read, or belongs to another run."""
 
 
 class PassError(GraphpruneError):

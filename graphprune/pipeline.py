@@ -27,6 +27,7 @@ from graphprune import options, registry, textform
 from graphprune.check import Check
 from graphprune.devices import pick_device
 from graphprune.errors import (
+    CheckpointError,
     DataError,
     GraphpruneError,
     OutputError,
@@ -125,6 +126,10 @@ class Context:
     """Folder to write into; None: an export pass has nowhere to write."""
     progress: Progress = field(default_factory=SilentProgress)
     """Where to announce work that may take more than two seconds."""
+    checkpoint: Path | None = None
+    """Folder of this pass for the state of long work; None: an interrupted run is lost."""
+    resume: bool = False
+    """Whether to go on from the state in that folder, if there is one."""
 
     def need(self, kind: type[F]) -> F:
         """Return the fact of class `kind`.
@@ -258,6 +263,8 @@ class Pipeline:
         verify: bool = True,
         callbacks: Sequence[Callback] = (),
         progress: Progress | None = None,
+        checkpoints: str | Path | None = None,
+        resume: bool = False,
     ) -> PipelineResult:
         """Run every pass on a clone of `program`, which stays as it is.
 
@@ -270,10 +277,13 @@ class Pipeline:
             verify: Prove every surgery exact.
             callbacks: Called between passes with (previous, program, next).
             progress: Where long work is shown; nowhere unless given.
+            checkpoints: Folder in which training passes keep their state; none unless given. It is left as it is.
+            resume: Go on from the states in that folder.
 
         Raises:
             PassError: A pass failed, lacks a fact, or broke what its return type promises.
-            TargetError, PlanError, DataError, OutputError, UsageError: As a pass raised them, with a note.
+            TargetError, PlanError, DataError, OutputError, UsageError, CheckpointError: As a pass raised them, with a
+                note.
         """
         context = Context(
             facts={},
@@ -283,12 +293,16 @@ class Pipeline:
             seed=seed,
             out=None if out is None else Path(out),
             progress=progress or SilentProgress(),
+            resume=resume,
         )
         driver = _Driver(program=program.clone(), context=context, verify=verify)
         previous: Pass | None = None
-        for step in self.passes:
+        for number, step in enumerate(self.passes, 1):
             for callback in callbacks:
                 callback(previous, driver.program, step)
+            if checkpoints is not None:
+                folder = Path(checkpoints) / f"{number}-{step.name}"
+                driver.context = dataclasses.replace(driver.context, checkpoint=folder)
             driver.step(step)
             previous = step
         for callback in callbacks:
@@ -296,7 +310,7 @@ class Pipeline:
         return driver.result()
 
 
-_OWN_CLASS = (TargetError, PlanError, DataError, OutputError, UsageError)
+_OWN_CLASS = (TargetError, PlanError, DataError, OutputError, UsageError, CheckpointError)
 """Errors about what the user gave: their class says more than PassError would."""
 
 
@@ -470,22 +484,6 @@ def _first_difference(before: str, after: str) -> str:
 
 def _missing(kind: type[Facts], present: Mapping[type[Facts], Facts]) -> str:
     held = ", ".join(k.__name__ for k in present) or "none"
-    providers = _providers(kind)
+    providers = registry.providers(kind)
     step = f"; put {' or '.join(providers)} before it" if providers else ""
     return f"needs {kind.__name__}, found {held} (a change to the program drops all facts){step}"
-
-
-def _providers(kind: type[Facts]) -> list[str]:
-    """Return the registered passes whose ``run`` is annotated to return `kind`."""
-    found = []
-    for name in registry.names():
-        try:
-            cls = registry.load(name)
-        except (
-            UsageError
-        ):  # a broken third-party pass must not hide the error that is being written
-            continue
-        annotation = cls.run.__annotations__.get("return", "")
-        if kind.__name__ == annotation or annotation is kind:
-            found.append(name)
-    return found

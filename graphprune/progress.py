@@ -30,6 +30,9 @@ class Task(Protocol):
     def advance(self, n: int = 1) -> None:
         """Count `n` more steps as done."""
 
+    def describe(self, description: str) -> None:
+        """Say in other words what is going on, for instance with the loss so far."""
+
 
 class Progress(Protocol):
     """Where passes announce work that may take more than two seconds."""
@@ -41,6 +44,9 @@ class Progress(Protocol):
 class _SilentTask:
     def advance(self, n: int = 1) -> None:
         """Count nothing."""
+
+    def describe(self, description: str) -> None:
+        """Show nothing."""
 
 
 class SilentProgress:
@@ -64,6 +70,10 @@ class _BarTask:
         if time.monotonic() - self._started >= self._bars.patience_s:
             self._bars.show(self._task)
 
+    def describe(self, description: str) -> None:
+        """Change the words beside the bar; a stream that is no terminal keeps the first ones."""
+        self._bars.rich.update(self._task, description=description)
+
     def close(self) -> None:
         self._bars.rich.remove_task(self._task)
 
@@ -74,9 +84,15 @@ class BarProgress:
     On a stream that is not a terminal, each piece of work that outlasts the patience prints its description once.
     """
 
-    def __init__(self, *, console: Console | None = None, patience_s: float = PATIENCE_S) -> None:
-        """Draw on `console` (standard error unless given)."""
-        self.console = console or Console(stderr=True)
+    def __init__(
+        self,
+        *,
+        console: Console | None = None,
+        patience_s: float = PATIENCE_S,
+        is_shown: bool = True,
+    ) -> None:
+        """Draw on `console` (standard error unless given), or nowhere."""
+        self.console = console or Console(stderr=True, quiet=not is_shown)
         self.patience_s = patience_s
         self.rich = RichBars(
             TextColumn("{task.description}"),

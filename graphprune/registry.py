@@ -19,7 +19,7 @@ from graphprune.errors import UsageError
 if TYPE_CHECKING:
     from graphprune.pipeline import Pass
 
-__all__ = ["GROUP", "KINDS", "PassInfo", "info", "infos", "load", "methods", "names"]
+__all__ = ["GROUP", "KINDS", "PassInfo", "info", "infos", "load", "methods", "names", "providers"]
 
 GROUP = "graphprune.passes"
 """Name of the entry point group."""
@@ -119,6 +119,22 @@ def infos() -> tuple[PassInfo, ...]:
 def methods() -> tuple[str, ...]:
     """Return the names that ``--method`` takes."""
     return tuple(name for name in names() if load(name).is_method)
+
+
+def providers(kind: type) -> list[str]:
+    """Return the registered passes whose ``run`` is annotated to return `kind`."""
+    found = []
+    for name in names():
+        try:
+            cls = load(name)
+        except (
+            UsageError
+        ):  # a broken third-party pass must not hide the error that is being written
+            continue
+        annotation = cls.run.__annotations__.get("return", "")
+        if kind.__name__ == annotation or annotation is kind:
+            found.append(name)
+    return found
 
 
 def _unknown(name: str, known: tuple[str, ...]) -> str:

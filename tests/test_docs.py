@@ -32,7 +32,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_PATH = re.compile(
     r"(?<![\w/.<-])((?:[\w.]+/)*[\w.]+\.(?:py|md|toml|jinja)|(?:[\w.]+/)+)(?![\w<*{/])"
 )
-INVENTED = {"mymodel.py", "distance.py", "out/"}
+INVENTED = {"mymodel.py", "distance.py", "out/", "DIR/checkpoints/", "DIR/tensorboard/"}
 """Names that stand for a reader's own files."""
 
 
@@ -185,6 +185,20 @@ def test_readme_example_prints_what_is_shown(
     for a, b in zip(numbers.findall(found), numbers.findall(shown), strict=True):
         old, new = (float(n.rstrip(",.").replace(",", "")) for n in (b, a))
         assert new == pytest.approx(old, rel=0.15, abs=4)
+
+
+def test_the_hook_that_is_shown_shrinks_scales() -> None:
+    from graphprune.pipeline import Context
+    from tests.training.networks import data, program
+
+    (code,) = blocks("docs/writing_a_pass.md", "python", "hook")
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    before = program()
+    after = namespace["shrink"](before, Context(facts={}, dense=before, data=data()))
+    assert not torch.equal(
+        after.module.get_parameter("bn1.weight"), before.module.get_parameter("bn1.weight")
+    )
 
 
 class _Net(nn.Module):

@@ -14,11 +14,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from graphprune.devices import is_main_process
 from graphprune.progress import BarProgress
 
 __all__ = [
     "DebugOption",
     "DeviceOption",
+    "EpochsOption",
     "InputOption",
     "JsonOption",
     "ModelArgument",
@@ -28,7 +30,9 @@ __all__ = [
     "OutOption",
     "PrintOption",
     "RequiredData",
+    "ResumeOption",
     "SeedOption",
+    "TaskOption",
     "TimeOption",
     "TrustAllOption",
     "TrustOption",
@@ -82,7 +86,7 @@ OptionalData = Annotated[
         "--data",
         metavar="SPEC",
         help="cifar10:DIR, mnist:DIR, fashion-mnist:DIR, imagefolder:DIR, digits or package.module:function; "
-        "options after commas, such as cifar10:DIR,normalize=imagenet.",
+        "options after commas, such as cifar10:DIR,normalize=imagenet or digits,holdout=0.1.",
         show_default=False,
     ),
 ]
@@ -92,12 +96,31 @@ RequiredData = Annotated[
         "--data",
         metavar="SPEC",
         help="cifar10:DIR, mnist:DIR, fashion-mnist:DIR, imagefolder:DIR, digits or package.module:function; "
-        "options after commas, such as cifar10:DIR,normalize=imagenet.",
+        "options after commas, such as cifar10:DIR,normalize=imagenet or digits,holdout=0.1.",
         show_default=False,
     ),
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+]
+EpochsOption = Annotated[
+    int,
+    typer.Option(
+        "--epochs", metavar="N", help="Epochs of fine-tuning after the cut; needs --data."
+    ),
+]
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        metavar="package.module:factory",
+        help="What to train for, in place of classification: a function that returns a graphprune.training.Task.",
+        show_default=False,
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with a run into DIR that was interrupted in training."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
 OutOption = Annotated[
@@ -134,13 +157,15 @@ def working(*, debug: bool) -> Iterator[BarProgress]:
         if not debug:
             warnings.simplefilter("ignore")
             stack.enter_context(_quiet("torch", "onnxscript", "onnx_ir"))
-        progress = stack.enter_context(BarProgress())
+        progress = stack.enter_context(BarProgress(is_shown=is_main_process()))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield progress
 
 
 def emit(data: Any, show: Callable[[Console], None], *, as_json: bool) -> None:
-    """Print a result: as JSON, or as `show` draws it for people."""
+    """Print a result: as JSON, or as `show` draws it for people; of several processes the first one prints."""
+    if not is_main_process():
+        return
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
         return

@@ -16,6 +16,7 @@ from graphprune import compiler
 from graphprune.cli.common import (
     DebugOption,
     DeviceOption,
+    EpochsOption,
     InputOption,
     JsonOption,
     ModelArgument,
@@ -25,7 +26,9 @@ from graphprune.cli.common import (
     OutOption,
     PrintOption,
     RequiredData,
+    ResumeOption,
     SeedOption,
+    TaskOption,
     TimeOption,
     TrustAllOption,
     TrustOption,
@@ -82,10 +85,13 @@ def compile(
             "--passes",
             metavar="TEXT",
             help="A pipeline of your own, such as 'dependency-groups,magnitude,...', in place of --target, "
-            "--method, --granularity and --round-to; `graphprune passes` lists the names.",
+            "--method, --granularity, --round-to and --epochs; `graphprune passes` lists the names.",
             show_default=False,
         ),
     ] = None,
+    epochs: EpochsOption = 0,
+    task: TaskOption = "",
+    resume: ResumeOption = False,
     device: DeviceOption = "auto",
     round_to: Annotated[
         str,
@@ -109,7 +115,8 @@ def compile(
 ) -> None:
     """Make a trained model smaller, proven, exported and measured.
 
-    Writes model.onnx, model.pt2, plan.json, report.json and report.html into DIR; after an error, nothing.
+    Writes model.onnx, model.pt2, plan.json, report.json and report.html into DIR; after an error, nothing but the
+    state of a training under way, for --resume.
     """
     given = {"target": target, "method": method, "granularity": granularity, "round_to": round_to}
     choices: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -127,6 +134,9 @@ def compile(
             trust=trust or (),
             trust_all=trust_all,
             passes=passes,
+            epochs=epochs,
+            task=task,
+            resume=resume,
             device=device,
             callbacks=_printers(print_between_passes),
             progress=progress,

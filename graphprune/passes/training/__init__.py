@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from graphprune.passes.training.fine_tune import FineTune
 from graphprune.passes.training.reestimate_batch_norm import ReestimateBatchNorm
 
-__all__ = ["ReestimateBatchNorm"]
+__all__ = ["FineTune", "ReestimateBatchNorm"]

@@ -1,0 +1,118 @@
+"""The default pipelines, as text: what `compile` and `apply` do unless they are given passes.
+
+They are text, so that what happens can be read, printed and changed on the command line, and the core knows no pass
+class.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from graphprune import registry, textform
+from graphprune.budget import parse_round_to, parse_target
+from graphprune.errors import UsageError
+
+__all__ = [
+    "DEFAULT_GRANULARITY",
+    "DEFAULT_METHOD",
+    "DEFAULT_ROUND_TO",
+    "DEFAULT_TARGET",
+    "default_pipeline",
+    "replay_pipeline",
+]
+
+DEFAULT_TARGET = "macs=0.5"
+DEFAULT_METHOD = "magnitude"
+DEFAULT_ROUND_TO = "auto"
+DEFAULT_GRANULARITY = "channels"
+
+
+def default_pipeline(
+    *,
+    target: str = DEFAULT_TARGET,
+    method: str = DEFAULT_METHOD,
+    granularity: str = DEFAULT_GRANULARITY,
+    round_to: int | str = DEFAULT_ROUND_TO,
+    has_data: bool = False,
+    epochs: int = 0,
+    task: str = "",
+    export: bool = True,
+) -> str:
+    """Return the pipeline of `compile` as text.
+
+    Raises:
+        TargetError: `target` cannot be read or is out of range.
+        UsageError: `method` is no method, or `epochs` cannot be trained.
+    """
+    parse_target(target)  # before any work is done for it
+    parse_round_to(str(round_to))
+    _must_be_method(method)
+    choice: dict[str, textform.Value] = {"target": target}
+    if round_to != DEFAULT_ROUND_TO:
+        choice["round_to"] = str(round_to)
+    if granularity != DEFAULT_GRANULARITY:
+        choice["granularity"] = granularity
+    steps = [
+        "dependency-groups",  # which channels must go together, and which cannot go
+        method,  # what each of them is worth
+        textform.format_pass(
+            "choose-channels", choice
+        ),  # the cheapest choice that reaches the target
+        *_after_the_choice(has_data=has_data, epochs=epochs, task=task, export=export),
+    ]
+    return ",".join(steps)
+
+
+def replay_pipeline(
+    plan: str | Path,
+    *,
+    has_data: bool = False,
+    epochs: int = 0,
+    task: str = "",
+    export: bool = True,
+) -> str:
+    """Return the pipeline of `apply` as text.
+
+    Raises:
+        UsageError: `epochs` cannot be trained.
+    """
+    steps = [
+        "dependency-groups",  # the plan is checked against the coupling of this model
+        textform.format_pass("load-plan", {"path": str(plan)}),
+        *_after_the_choice(has_data=has_data, epochs=epochs, task=task, export=export),
+    ]
+    return ",".join(steps)
+
+
+def _after_the_choice(*, has_data: bool, epochs: int, task: str, export: bool) -> list[str]:
+    if epochs < 0:
+        raise UsageError(f"expected epochs from 0 on, found {epochs}")
+    if epochs and not has_data:
+        raise UsageError(f"epochs={epochs} needs data to train on; give data= or --data")
+    steps = [
+        "remove-channels",  # the cut; the driver proves it exact
+        "clean-up",  # what the cut left without a purpose
+    ]
+    if has_data:
+        steps.append("reestimate-batch-norm")  # fewer channels, other statistics
+    if epochs:
+        options: dict[str, textform.Value] = {"epochs": epochs}
+        if task:
+            options["task"] = task
+        # what the cut has cost comes back
+        steps.append(textform.format_pass("fine-tune", options))
+    if export:
+        steps += ["export-onnx", "export-program"]  # written, read back, compared
+    return steps
+
+
+def _must_be_method(method: str) -> None:
+    parsed = textform.parse(method)
+    known = registry.names()
+    if len(parsed) == 1 and parsed[0].name in known and registry.load(parsed[0].name).is_method:
+        return
+    methods = registry.methods()
+    close = difflib.get_close_matches(parsed[0].name, methods, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"methods are {', '.join(methods)}"
+    raise UsageError(f"no method is called {method!r}; {hint}")

@@ -1,0 +1,21 @@
+"""The training engine that passes learn with; docs/design.md describes it."""
+
+from __future__ import annotations
+
+from graphprune.training.engine import Outcome, Trainer
+from graphprune.training.recipe import Hook, Moment, Recipe
+from graphprune.training.state_surgery import carry_optimizer, slice_tensors
+from graphprune.training.task import Task, classification, load_task
+
+__all__ = [
+    "Hook",
+    "Moment",
+    "Outcome",
+    "Recipe",
+    "Task",
+    "Trainer",
+    "carry_optimizer",
+    "classification",
+    "load_task",
+    "slice_tensors",
+]

@@ -1,0 +1,116 @@
+"""Checkpoints: everything that a training goes on from, in one file that is whole or absent.
+
+A folder holds ``state.pt``, the last state, and ``metrics.jsonl``, one line per epoch so far. The state is read
+without running code from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphprune.errors import CheckpointError
+from graphprune.files import prepare_out, write_atomic
+
+__all__ = ["Checkpoint"]
+
+VERSION = 1
+
+_NOUNS = {
+    "run": "training",
+    "program": "program",
+    "weights": "weights to start from",
+    "data": "data",
+    "seed": "seed",
+    "processes": "number of processes",
+}
+"""What a checkpoint must have in common with the run that goes on from it, and what that is called."""
+
+_WEIGHTS_RTOL = 1e-3
+"""Weights that a GPU computed before the training starts may differ by rounding; another model's differ by far more."""
+
+
+class Checkpoint:
+    """The folder in which one training keeps its state."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Use `folder`; `identity` says which training this is: a value for each of the names that are compared."""
+        self.folder = folder
+        self.identity = dict(identity)
+        self.path = folder / "state.pt"
+        self.metrics = folder / "metrics.jsonl"
+
+    def prepare(self, *, keep: bool) -> None:
+        """Make the folder, without what killed runs left half written; `keep` keeps the last state."""
+        if not keep and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        prepare_out(self.folder)
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the last state; None where there is none yet.
+
+        Raises:
+            CheckpointError: The file cannot be read, or another training wrote it.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            version, identity = state["version"], state["identity"]
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            TypeError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise CheckpointError(
+                f"expected a checkpoint at {str(self.path)!r}, found a file that cannot be read "
+                f"({type(error).__name__}); remove it, or start over without --resume"
+            ) from error
+        if version != VERSION:
+            raise CheckpointError(
+                f"checkpoint {str(self.path)!r} has version {version!r}, this graphprune reads version {VERSION}; "
+                "start over without --resume"
+            )
+        for name, noun in _NOUNS.items():
+            if not _is_same(identity.get(name), self.identity.get(name)):
+                raise CheckpointError(
+                    f"checkpoint {str(self.path)!r} belongs to another run: its {noun} is {_text(identity.get(name))}, "
+                    f"this run's is {_text(self.identity.get(name))}; repeat the command that was interrupted, "
+                    "or start over without --resume"
+                )
+        return dict(state)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Put a new state in the place of the last one."""
+        with write_atomic(self.path) as temporary:
+            torch.save({"version": VERSION, "identity": self.identity, **state}, temporary)
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write the metrics of all epochs so far, one JSON object a line."""
+        with write_atomic(self.metrics) as temporary:
+            temporary.write_text(
+                "".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8"
+            )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, rtol=_WEIGHTS_RTOL, atol=0.0)
+    return bool(a == b)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"of absolute sum {float(value.sum()):.6g}"
+    return repr(value)

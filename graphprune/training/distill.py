@@ -1,0 +1,64 @@
+"""Distillation: the cut program learns what the dense one says, besides what is true.
+
+    loss = (1 - weight) * task + weight * T^2 * KL(softmax(dense / T) || softmax(cut / T))
+
+Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphprune.errors import UsageError
+from graphprune.exported import flat_outputs
+from graphprune.program import Program
+from graphprune.training.task import Task
+
+__all__ = ["Teacher", "logit_distance"]
+
+
+def logit_distance(outputs: Any, dense: Any, *, temperature: float) -> Tensor:
+    """Return T^2 KL(dense || cut) of the first outputs, as a mean over the samples."""
+    student = F.log_softmax(flat_outputs(outputs)[0].float() / temperature, dim=1)
+    teacher = F.log_softmax(flat_outputs(dense)[0].float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+class Teacher:
+    """The dense program in evaluation mode, and the distance of another program's outputs from its own."""
+
+    def __init__(
+        self,
+        program: Program,
+        task: Task,
+        *,
+        temperature: float,
+        device: torch.device,
+        memory_format: torch.memory_format,
+    ) -> None:
+        """Take a copy of `program` to `device`; the program itself stays where it is.
+
+        Raises:
+            UsageError: The task has no way to compare two programs.
+        """
+        if task.distill is None and not task.is_classification:
+            raise UsageError(
+                "distillation compares logits, and the task is no classification; "
+                "give the Task a distill function, or distill=0"
+            )
+        self.task = task
+        self.temperature = temperature
+        self.module = program.clone().module.requires_grad_(False)
+        self.module.to(device).to(memory_format=memory_format)
+
+    def distance(self, inputs: tuple[Tensor, ...], outputs: Any) -> Tensor:
+        """Return how far `outputs` are from what the dense program says of `inputs`."""
+        with torch.no_grad():
+            dense = self.module(*inputs)
+        if self.task.distill is not None:
+            return self.task.distill(outputs, dense)
+        return logit_distance(outputs, dense, temperature=self.temperature)

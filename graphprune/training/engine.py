@@ -1,0 +1,468 @@
+"""The training engine: every pass that learns trains with this one loop.
+
+accelerate says where and in what precision to compute and joins several processes; the training form (`forms`) makes
+a captured program trainable; batches follow from (seed, epoch) (`batches`); what a pass needs besides comes in as a
+`Hook` (`recipe`). The state after any step is complete (`checkpoint`): a run that goes on from it ends with the same
+weights as one that was never interrupted, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Subset
+
+from graphprune.data import DataSource, TensorImages, innermost
+from graphprune.errors import DataError, TrainingError, UsageError
+from graphprune.plan import fingerprint
+from graphprune.program import Program
+from graphprune.progress import Progress, SilentProgress
+from graphprune.training import randomness
+from graphprune.training.average import WeightAverage
+from graphprune.training.batches import Batches
+from graphprune.training.checkpoint import Checkpoint
+from graphprune.training.distill import Teacher
+from graphprune.training.forms import training_form
+from graphprune.training.metrics import EVENTS, EventWriter
+from graphprune.training.optim import build_optimizer, build_schedule
+from graphprune.training.placement import Placement
+from graphprune.training.processes import accelerated, resolve_precision
+from graphprune.training.recipe import Hook, Moment, Recipe
+from graphprune.training.task import Task, classification
+from graphprune.training.words import Words
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Outcome", "Trainer"]
+
+EVALUATION_BATCH = 256
+"""Samples at a time where the metric is measured."""
+
+AGREE_STEPS = 100
+"""With several processes, how often the first one says whether a checkpoint is due."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a training measured."""
+
+    history: tuple[Mapping[str, Any], ...]
+    """The metrics of every epoch, as in metrics.jsonl."""
+    metric_name: str
+    """What the task's figure is called in them."""
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """Metrics of the last epoch; empty for a training of no epochs."""
+        return self.history[-1] if self.history else {}
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains the parameters of a program in place; the graph stays as it is."""
+
+    program: Program
+    """What is trained; the caller's own clone."""
+    recipe: Recipe
+    """How."""
+    data: DataSource
+    """Trains on its training set; after each epoch the metric is measured on its test set."""
+    task: Task = field(default_factory=classification)
+    """What for."""
+    teacher: Program | None = None
+    """Whose outputs to learn from, where the recipe distills."""
+    hooks: Sequence[Hook] = ()
+    """What the pass adds."""
+    device: str = "cpu"
+    """Where to compute."""
+    seed: int = 0
+    """Seed of the order of samples, of augmentation and of dropout."""
+    progress: Progress = field(default_factory=SilentProgress)
+    """Where to show progress."""
+    checkpoint: Path | None = None
+    """Folder for the state of the run; None: an interrupted run is lost."""
+    resume: bool = False
+    """Whether to go on from the state in that folder, if there is one."""
+    name: str = "training"
+    """What the run is called; part of what a checkpoint must agree with."""
+    macs: int | None = None
+    """Multiply-accumulates of the program, to be shown; a hook may know better."""
+
+    def fit(self) -> Outcome:
+        """Train, and leave the program in evaluation mode where it was.
+
+        Raises:
+            UsageError: The recipe asks for what does not exist, or does not fit the program.
+            DataError: The samples do not fit the program or the task.
+            TrainingError: The loss is not finite.
+            CheckpointError: The checkpoint cannot be read, or belongs to another run.
+        """
+        self.recipe.check()
+        module = self.program.module
+        home = next((t.device for _, t in self.program.named_tensors()), torch.device("cpu"))
+        precision = resolve_precision(self.recipe.precision, self.device)
+        with randomness.preserved(), accelerated(self.device, precision) as accelerator:
+            try:
+                with _Run(self, accelerator) as run:
+                    run.go()
+                return Outcome(history=tuple(run.history), metric_name=self.task.metric_name)
+            finally:
+                for child in module.modules():
+                    child.training = False
+                for parameter in module.parameters():
+                    parameter.grad = None
+                module.to(home).to(memory_format=torch.contiguous_format)
+
+
+class _Run:
+    """One training under way."""
+
+    def __init__(self, trainer: Trainer, accelerator: Accelerator) -> None:
+        self.trainer = trainer
+        self.accelerator = accelerator
+        self.recipe = trainer.recipe
+        self.program = trainer.program
+        self.task = trainer.task
+        self.device: torch.device = accelerator.device
+        self.is_main: bool = accelerator.is_main_process
+        self.weights = _absolute_sums(self.program)
+        self.batches = self._batches()
+        self.placement = Placement(self.program, self.task, self.device)
+        self.placement.must_take(
+            self.batches.batch_size // accelerator.num_processes, accelerator.num_processes
+        )
+        self._prepare()
+        self.epoch = self.step = 0
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        randomness.seed_all(trainer.seed + accelerator.process_index)
+        self.checkpoint = self._open_checkpoint()
+        self.events = (
+            EventWriter(self.checkpoint.folder / EVENTS, start=self.epoch)
+            if self.checkpoint is not None and self.is_main
+            else None
+        )
+        self.words = Words(trainer.name, self.task.metric_name, self.moment)
+        self.clock = self.saved = time.monotonic()
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.events is not None:
+            self.events.close()
+
+    # What the run is made of
+
+    def _batches(self) -> Batches:
+        return Batches(
+            self.trainer.data.split("train"),
+            self.recipe.batch_size,
+            seed=self.trainer.seed,
+            collate=self.task.collate,
+            augment=self.recipe.augment,
+            workers=self.recipe.workers,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+
+    def _prepare(self) -> None:
+        module = self.program.module
+        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        if not trained:
+            raise UsageError(
+                "expected parameters to train, found none that require gradients; call requires_grad_() on the model"
+            )
+        several = self.accelerator.num_processes > 1
+        optimizer = build_optimizer(
+            self.recipe.optimizer,
+            trained,
+            lr=self.recipe.lr,
+            weight_decay=self.recipe.weight_decay,
+            options_of=self._options_of,
+        )
+        self.schedule = build_schedule(
+            self.recipe.schedule,
+            optimizer,
+            epochs=self.recipe.epochs,
+            steps_per_epoch=len(self.batches),
+        )
+        self.trained = [p for _, p in trained]
+        form = training_form(self.program, synchronised=several)
+        self.model, self.optimizer = self.accelerator.prepare(form, optimizer)
+        self.average = (
+            WeightAverage(dict(self.program.named_tensors()), self.recipe.average)
+            if self.recipe.average
+            else None
+        )
+        self.teacher: Teacher | None = None
+        if self.recipe.distill:
+            if self.trainer.teacher is None:
+                raise UsageError("distill= needs a teacher, found none; give one, or distill=0")
+            self.teacher = Teacher(
+                self.trainer.teacher,
+                self.task,
+                temperature=self.recipe.temperature,
+                device=self.device,
+                memory_format=self.placement.memory_format,
+            )
+
+    def _options_of(self, name: str, parameter: Any) -> Mapping[str, Any] | None:
+        found = [hook.parameter_options(name, parameter) for hook in self.trainer.hooks]
+        merged = {key: value for options in found if options for key, value in options.items()}
+        return merged or None
+
+    @property
+    def moment(self) -> Moment:
+        """Where the run stands."""
+        return Moment(
+            epoch=self.epoch,
+            step=self.step,
+            steps_per_epoch=len(self.batches),
+            epochs=self.recipe.epochs,
+            module=self.program.module,
+        )
+
+    # The loop
+
+    def go(self) -> None:
+        """Train from where the run stands to the end."""
+        while self.epoch < self.recipe.epochs:
+            for hook in self.trainer.hooks:
+                hook.before_epoch(self.moment)
+            self.model.train()
+            batches = self.batches.epoch(self.epoch, start=self.step)
+            last = self.history[-1] if self.history else {}
+            heading = self.words.epoch(self.moment, last, self._macs())
+            with self.trainer.progress.task(heading, len(batches)) as task:
+                for batch in batches:
+                    self.train(batch)
+                    self.step += 1
+                    for hook in self.trainer.hooks:
+                        hook.after_step(self.moment)
+                    task.advance()
+                    self.words.step(task, self.moment, self.sums, self._macs())
+                    if self.step < len(self.batches) and self._is_due():
+                        self.save()
+            self.finish_epoch()
+            self.save()
+        if self.average is not None:
+            self.average.write()
+
+    def train(self, batch: Any) -> None:
+        """Do one step."""
+        inputs, target = self.placement.place(batch)
+        with self.accelerator.autocast():
+            outputs = self.model(*inputs)
+            loss = self.task.loss(outputs, target)
+            if self.teacher is not None:
+                share = self.recipe.distill
+                loss = (1.0 - share) * loss + share * self.teacher.distance(inputs, outputs)
+        objective = loss
+        for hook in self.trainer.hooks:
+            extra = hook.extra_loss(self.moment)
+            objective = objective if extra is None else objective + extra
+        self.accelerator.backward(objective)
+        for hook in self.trainer.hooks:
+            hook.after_backward(self.moment)
+        if self.recipe.clip:
+            self.accelerator.clip_grad_norm_(self.trained, self.recipe.clip)
+        self.optimizer.step()
+        self.schedule.after_step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        with torch.no_grad():
+            metric = self.task.metric(pytree.tree_map(_detached, outputs), target)
+            self.sums += torch.stack([objective.detach().double(), metric.double()])
+
+    def finish_epoch(self) -> None:
+        """Measure, note the metrics of the epoch, and move on to the next one."""
+        loss, train_metric = (self._reduced(self.sums) / len(self.batches)).tolist()
+        self._must_be_finite(loss)
+        line: dict[str, Any] = {
+            "pass": self.trainer.name.partition("{")[0],
+            "epoch": self.epoch + 1,
+            "loss": loss,
+            f"train_{self.task.metric_name}": train_metric,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        with self.average.in_place() if self.average is not None else contextlib.nullcontext():
+            test_loss, test_metric = self.evaluate()
+        line |= {"test_loss": test_loss, f"test_{self.task.metric_name}": test_metric}
+        self.schedule.after_epoch(loss)
+        self.epoch, self.step = self.epoch + 1, 0
+        for hook in self.trainer.hooks:
+            line |= {key: float(value) for key, value in hook.after_epoch(self.moment).items()}
+        if (macs := self._macs()) is not None:
+            line["macs"] = macs
+        line["seconds"] = self.seconds + time.monotonic() - self.clock
+        self.history.append(line)
+        self.sums.zero_()
+        if self.events is not None:
+            self.events.write(line)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Return the loss and the metric on the test set, as means over all samples of all processes."""
+        for child in self.program.module.modules():
+            child.training = False
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        loader = self._test_loader()
+        with self.trainer.progress.task("evaluate", len(loader)) as task:
+            for batch in loader:
+                inputs, target = self.placement.place(batch)
+                count = len(inputs[0])
+                with self.accelerator.autocast():
+                    outputs = self.placement.evaluate(inputs)
+                    loss = self.task.loss(outputs, target)
+                metric = self.task.metric(outputs, target)
+                ones = torch.ones((), dtype=torch.float64, device=self.device)
+                sums += count * torch.stack([loss.double(), metric.double(), ones])
+                task.advance()
+        loss_sum, metric_sum, total = self._reduced(sums, mean=False).tolist()
+        if not total:
+            raise DataError("expected at least one test sample, found none")
+        return loss_sum / total, metric_sum / total
+
+    def _test_loader(self) -> DataLoader[Any]:
+        dataset = self.trainer.data.split("test")
+        mine = range(
+            self.accelerator.process_index,
+            len(cast("Sized", dataset)),
+            self.accelerator.num_processes,
+        )
+        is_whole = isinstance(innermost(dataset), TensorImages)
+        return DataLoader(
+            Subset(dataset, mine),
+            self.placement.fixed_batch or EVALUATION_BATCH,
+            num_workers=self.recipe.workers,
+            collate_fn=_as_is if is_whole else self.task.collate,
+        )
+
+    def _reduced(self, sums: Tensor, *, mean: bool = True) -> Tensor:
+        """Return the mean, or the sum, over all processes."""
+        reduced: Tensor = self.accelerator.reduce(sums.clone(), "mean" if mean else "sum")
+        return reduced
+
+    # State
+
+    def _open_checkpoint(self) -> Checkpoint | None:
+        trainer = self.trainer
+        if trainer.checkpoint is None:
+            return None
+        checkpoint = Checkpoint(
+            trainer.checkpoint,
+            {
+                "run": trainer.name,
+                "program": fingerprint(self.program),
+                "weights": self.weights,
+                "data": trainer.data.name,
+                "seed": trainer.seed,
+                "processes": self.accelerator.num_processes,
+            },
+        )
+        if self.is_main:
+            checkpoint.prepare(keep=trainer.resume)
+        self.accelerator.wait_for_everyone()
+        if trainer.resume and (state := checkpoint.load()) is not None:
+            self._load(state)
+        return checkpoint
+
+    def save(self) -> None:
+        """Put the present state on the disk, if there is a folder for it."""
+        if self.checkpoint is None:
+            return
+        from accelerate.utils import gather_object
+
+        generators = gather_object([randomness.read_state()])
+        self._must_be_finite(float(self.sums[0]))
+        sums = self._reduced(self.sums)
+        if self.is_main:
+            self.checkpoint.save(
+                {
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "sums": sums,
+                    "history": self.history,
+                    "seconds": self.seconds + time.monotonic() - self.clock,
+                    "tensors": {name: t.detach() for name, t in self.program.named_tensors()},
+                    "average": None
+                    if self.average is None
+                    else {"values": self.average.values, "steps": self.average.steps},
+                    "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "hooks": [hook.state() for hook in self.trainer.hooks],
+                    "generators": generators,
+                }
+            )
+            self.checkpoint.write_metrics(self.history)
+        self.saved = time.monotonic()
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.program.named_tensors():
+                tensor.copy_(state["tensors"][name])
+            if self.average is not None:
+                for name, value in self.average.values.items():
+                    value.copy_(state["average"]["values"][name])
+                self.average.steps = state["average"]["steps"]
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.sums.copy_(state["sums"])
+        self.history = list(state["history"])
+        self.seconds = state["seconds"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for hook, own in zip(self.trainer.hooks, state["hooks"], strict=True):
+            hook.load_state(own)
+        randomness.write_state(state["generators"][self.accelerator.process_index])
+
+    def _is_due(self) -> bool:
+        """Return whether it is time for a checkpoint; every process gives the same answer."""
+        if self.checkpoint is None:
+            return False
+        is_due = time.monotonic() - self.saved >= self.recipe.checkpoint_seconds
+        if self.accelerator.num_processes == 1:
+            return is_due
+        if self.step % AGREE_STEPS:
+            return False
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor(int(is_due), device=self.device)).item())
+
+    def _must_be_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} in epoch {self.epoch + 1} with lr="
+                f'{self.optimizer.param_groups[0]["lr"]:.3g}; lower lr, warm up (schedule="cosine{{warmup=1}}"), '
+                "or clip gradients (clip=1.0)"
+            )
+
+    def _macs(self) -> int | None:
+        known = [m for hook in self.trainer.hooks if (m := hook.macs()) is not None]
+        return known[-1] if known else self.trainer.macs
+
+
+def _absolute_sums(program: Program) -> Tensor:
+    """Return one number per parameter, by which a checkpoint tells one model from another."""
+    sums = [p.detach().abs().sum(dtype=torch.float64).cpu() for p in program.module.parameters()]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,102 @@
+"""A program on its device: the layout of its images, and batches as it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import DataError, UsageError
+from graphprune.program import Program
+from graphprune.training.task import Task
+
+__all__ = ["Placement"]
+
+
+class Placement:
+    """Where and in what layout a program computes, and how a batch gets there."""
+
+    def __init__(self, program: Program, task: Task, device: torch.device) -> None:
+        """Move `program` to `device`, in the layout in which its convolutions are fastest."""
+        self.program = program
+        self.task = task
+        self.device = device
+        self.memory_format = _memory_format(program)
+        self.fixed_batch = (
+            None if program.dynamic_batch else int(program.example_inputs[0].shape[0])
+        )
+        program.module.to(device).to(memory_format=self.memory_format)
+
+    def must_take(self, batch_size: int, processes: int) -> None:
+        """Check that the program trains on batches of this size.
+
+        Raises:
+            UsageError: It takes batches of another size only.
+        """
+        if self.fixed_batch not in (None, batch_size):
+            raise UsageError(
+                f"the program takes batches of {self.fixed_batch} samples only, found {batch_size} per process; "
+                f"capture it with {batch_size} samples as example inputs, or train with "
+                f"batch_size={self.fixed_batch * processes}"
+            )
+
+    def place(self, batch: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """Return the inputs and the target of a batch, where and as the program wants them.
+
+        Raises:
+            DataError: The inputs do not fit the program.
+        """
+        inputs, target = self.task.unpack(batch)
+        wanted = [tuple(t.shape[1:]) for t in self.program.example_inputs]
+        found = [tuple(t.shape[1:]) for t in inputs]
+        if [len(shape) for shape in wanted] != [len(shape) for shape in found]:
+            raise DataError(
+                f"the program takes samples of shape {_shapes(wanted)}, the data gives {_shapes(found)}"
+            )
+        moved = tuple(
+            t.to(
+                self.device,
+                non_blocking=True,
+                memory_format=self.memory_format if t.dim() == 4 else torch.preserve_format,
+            )
+            for t in inputs
+        )
+        return moved, pytree.tree_map_only(
+            Tensor, lambda t: t.to(self.device, non_blocking=True), target
+        )
+
+    def evaluate(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Return the program's outputs; where its batch is fixed, missing samples are filled in and dropped again."""
+        module, fixed, count = self.program.module, self.fixed_batch, len(inputs[0])
+        if fixed is None or count == fixed:
+            return module(*inputs)
+        filled = (torch.cat([t, t[-1:].expand(fixed - count, *t.shape[1:])]) for t in inputs)
+        return pytree.tree_map_only(Tensor, lambda t: t[:count], module(*filled))
+
+
+def _memory_format(program: Program) -> torch.memory_format:
+    """Return channels_last for images, where the graph takes them so."""
+    if not any(example.dim() == 4 for example in program.example_inputs):
+        return torch.contiguous_format
+    home = next((t.device for _, t in program.named_tensors()), torch.device("cpu"))
+    inputs = tuple(
+        t.to(home, memory_format=torch.channels_last) if t.dim() == 4 else t.to(home)
+        for t in program.batch(2)
+    )
+    module = program.clone().module.to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    # A `view` in the user's code, or in a graph of torch.export, may be written for one layout only.
+    except RuntimeError as error:
+        if "view" not in str(error):
+            raise
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _shapes(shapes: Sequence[Sequence[int]]) -> str:
+    return " and ".join("x".join(map(str, shape)) or "()" for shape in shapes)

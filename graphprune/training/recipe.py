@@ -1,0 +1,149 @@
+"""How a training goes: its options as data, and what a pass may add to the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from graphprune.errors import UsageError
+from graphprune.training.batches import Augment
+from graphprune.training.optim import check_optim
+from graphprune.training.processes import Precision
+
+__all__ = ["Hook", "Moment", "Recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a training goes; the defaults are those of fine-tuning a small image classifier."""
+
+    epochs: int
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Samples in a batch, over all processes."""
+    optimizer: str = "sgd"
+    """A class of torch.optim, with options in braces; sgd has Nesterov momentum 0.9 unless told otherwise."""
+    lr: float | None = None
+    """Learning rate; None: 0.02 for sgd, torch's own default for others."""
+    weight_decay: float = 5e-4
+    """Weight decay of everything but biases and norms."""
+    schedule: str = "cosine"
+    """The learning rate over the run: cosine, constant, or a class of torch.optim.lr_scheduler."""
+    clip: float = 0.0
+    """Largest norm of all gradients together; 0: no limit."""
+    distill: float = 0.0
+    """Share of the loss that compares with the teacher's outputs."""
+    temperature: float = 4.0
+    """Temperature at which logits are compared."""
+    average: float = 0.0
+    """Decay of a moving average of the weights, which takes their place at the end; 0: no average."""
+    augment: Augment = "auto"
+    """How training images are varied; auto: crop-flip for small colour images, else none."""
+    precision: Precision = "auto"
+    """What to compute in; auto: bfloat16 where the device is fast in it."""
+    workers: int = 0
+    """Processes that load data; 0: the training process itself."""
+    checkpoint_seconds: float = 60.0
+    """How often the state is kept between the ends of epochs."""
+
+    def check(self) -> None:
+        """Check every option, before any work is done for it.
+
+        Raises:
+            UsageError: An option out of range, or an optimizer or schedule that does not exist.
+        """
+        bounds: dict[str, tuple[float, float]] = {
+            "epochs": (0, math.inf),
+            "batch_size": (1, math.inf),
+            "weight_decay": (0, math.inf),
+            "clip": (0, math.inf),
+            "distill": (0, 1),
+            "average": (0, 1),
+            "workers": (0, math.inf),
+            "checkpoint_seconds": (0, math.inf),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                limit = f"from {low:g} on" if high == math.inf else f"between {low:g} and {high:g}"
+                raise UsageError(f"expected {name} {limit}, found {value}")
+        if not self.temperature > 0 or (self.lr is not None and not self.lr > 0):
+            raise UsageError(
+                f"expected lr and temperature to be positive, found lr={self.lr} temperature={self.temperature}"
+            )
+        for name, kind in (("augment", Augment), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise UsageError(
+                    f"expected {name} to be one of {', '.join(get_args(kind))}, found {getattr(self, name)!r}"
+                )
+        check_optim(self.optimizer, self.schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where a training stands."""
+
+    epoch: int
+    """Epochs that are complete."""
+    step: int
+    """Steps of the present epoch that are complete."""
+    steps_per_epoch: int
+    """Steps of a whole epoch."""
+    epochs: int
+    """Epochs of the whole training."""
+    module: nn.Module
+    """The program's module, whose parameters are trained."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that are complete."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    @property
+    def fraction(self) -> float:
+        """How much of the training is complete, from 0 to 1."""
+        return self.steps / max(1, self.epochs * self.steps_per_epoch)
+
+
+class Hook:
+    """What a training pass adds to the engine; a subclass overrides what it needs.
+
+    With several processes every one calls its own hook, with equal parameters: what a hook computes from them, and
+    from nothing else, is equal everywhere.
+    """
+
+    def parameter_options(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any] | None:
+        """Return optimizer options that this parameter has for itself, such as lr and weight_decay; None: the usual."""
+        return None
+
+    def before_epoch(self, moment: Moment) -> None:
+        """Prepare an epoch; called again where a run goes on in the middle of one."""
+
+    def extra_loss(self, moment: Moment) -> Tensor | None:
+        """Return a scalar to add to the loss of this step."""
+        return None
+
+    def after_backward(self, moment: Moment) -> None:
+        """Look at the gradients, or change them, before the optimizer uses them."""
+
+    def after_step(self, moment: Moment) -> None:
+        """Look at the parameters, or change them, after the optimizer has; `moment` counts the step."""
+
+    def after_epoch(self, moment: Moment) -> Mapping[str, float]:
+        """Return what to add to the metrics of this epoch."""
+        return {}
+
+    def macs(self) -> int | None:
+        """Return the multiply-accumulates of the program as it stands, where they are known."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps besides parameters: tensors, numbers, texts; lists and dicts of them."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` returned."""

@@ -1,0 +1,118 @@
+"""What a model is trained for: how a batch is read, what the loss is, what is measured.
+
+Classification by cross-entropy is the default. Anything else comes from a function ``package.module:factory`` that
+takes nothing and returns a `Task`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from graphprune.errors import DataError, UsageError
+from graphprune.exported import flat_outputs
+
+__all__ = ["Task", "classification", "load_task"]
+
+
+def inputs_and_target(batch: Any) -> tuple[tuple[Tensor, ...], Any]:
+    """Read a batch (inputs, target), where inputs is one tensor or a sequence of them."""
+    inputs, target = batch
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a model is trained for; outputs are what its graph returns, one tensor or a structure of them."""
+
+    loss: Callable[[Any, Any], Tensor]
+    """(outputs, target) -> the mean loss of a batch, a scalar that can be differentiated."""
+    metric: Callable[[Any, Any], Tensor]
+    """(outputs, target) -> the figure that people read, as a mean over the samples of a batch."""
+    metric_name: str = "metric"
+    """What that figure is called in progress and metrics."""
+    unpack: Callable[[Any], tuple[tuple[Tensor, ...], Any]] = inputs_and_target
+    """batch -> (one tensor per input of the graph, target)."""
+    collate: Callable[[list[Any]], Any] = default_collate
+    """Samples -> batch, for data sets that do not give whole batches themselves."""
+    distill: Callable[[Any, Any], Tensor] | None = None
+    """(outputs, outputs of the dense program) -> the mean loss between the two; None: logits are compared for a
+    classification, and any other task cannot be distilled."""
+    is_classification: bool = False
+    """Whether the first output is one row of logits per sample."""
+
+
+def classification() -> Task:
+    """Return the default task: cross-entropy of the first output, top-1 accuracy."""
+    return Task(
+        loss=_cross_entropy, metric=_accuracy, metric_name="accuracy", is_classification=True
+    )
+
+
+def load_task(text: str) -> Task:
+    """Return the task that ``package.module:factory`` makes; an empty text means classification.
+
+    Raises:
+        UsageError: The text has another form, or nothing of that name is there.
+        DataError: The function returns something else than a task.
+    """
+    if not text:
+        return classification()
+    match = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)", text)
+    if match is None:
+        raise UsageError(f"task: expected package.module:factory, found {text!r}")
+    here = str(Path.cwd())
+    is_added = here not in sys.path
+    if is_added:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(match[1])
+    except ModuleNotFoundError as error:
+        raise UsageError(f"task {text!r}: cannot import {match[1]!r} ({error})") from error
+    finally:
+        if is_added:
+            sys.path.remove(here)
+    factory = getattr(module, match[2], None)
+    if not callable(factory):
+        raise UsageError(f"task {text!r}: module {match[1]!r} has no function {match[2]!r}")
+    task = factory()
+    if not isinstance(task, Task):
+        raise DataError(
+            f"task {text!r}: expected {match[2]}() to return a graphprune.training.Task, "
+            f"found {type(task).__name__}"
+        )
+    return task
+
+
+def _logits(outputs: Any, target: Any) -> Tensor:
+    logits = flat_outputs(outputs)[0]
+    is_integer = isinstance(target, Tensor) and not target.is_floating_point()
+    if not is_integer or logits.dim() != 2 or target.shape != logits.shape[:1]:
+        found = (
+            f"{str(target.dtype).removeprefix('torch.')}{list(target.shape)}"
+            if isinstance(target, Tensor)
+            else type(target).__name__
+        )
+        raise DataError(
+            "cross-entropy expected one row of logits and one integer label per sample, found outputs "
+            f"{list(logits.shape)} and targets {found}; give another task, package.module:factory"
+        )
+    return logits
+
+
+def _cross_entropy(outputs: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(_logits(outputs, target).float(), target)
+
+
+def _accuracy(outputs: Any, target: Tensor) -> Tensor:
+    return (_logits(outputs, target).argmax(1) == target).to(torch.float64).mean()
