@@ -101,6 +101,8 @@ def test_normalize_and_size() -> None:
         ("digits,colour=red", "unknown option 'colour'; known: normalize, size"),
         ("digits,size=0", "expected size=N with N at least 1, found size=0"),
         ("digits,size=big", "found size=big"),
+        ("digits,holdout=0", "a fraction that leaves samples in both parts of 1437, found 0.0"),
+        ("digits,holdout=some", "expected holdout= to be a fraction, found 'some'"),
         ("digits,size=8,size=9", "option 'size' is given twice"),
         ("digits,normalize=imagenet", "gives 3 channels, the images have 1"),
         ("digits,normalize=often", "expected normalize= one of imagenet, .*found 'often'"),
@@ -196,6 +198,17 @@ def test_a_function_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         load_data("my_data_for_test:wrong")
     assert str(tmp_path) not in sys.path
+
+
+def test_a_holdout_is_a_part_of_the_training_set() -> None:
+    whole, part = load_data("digits,size=4"), load_data("digits,holdout=0.1,size=4")
+    assert (part.name, part.input_shape) == ("digits,holdout=0.1,size=4", (1, 4, 4))
+    train = torch.cat([x for x, _ in part.train(2000, shuffle=False)])
+    held = torch.cat([x for x, _ in part.test(2000)])
+    assert (len(train), len(held)) == (1293, 144)
+    both, everything = torch.cat([train, held]), next(iter(whole.train(2000, shuffle=False)))[0]
+    assert torch.equal(both.sum((1, 2, 3)).sort()[0], everything.sum((1, 2, 3)).sort()[0])
+    assert [len(x) for x, _ in part.train(64, limit=100)] == [64, 36]
 
 
 @pytest.mark.parametrize("dynamic_batch", [True, False])

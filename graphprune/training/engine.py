@@ -111,7 +111,13 @@ class Trainer:
         module = self.program.module
         home = next((t.device for _, t in self.program.named_tensors()), torch.device("cpu"))
         precision = resolve_precision(self.recipe.precision, self.device)
-        with randomness.preserved(), accelerated(self.device, precision) as accelerator:
+        output = next(node for node in module.graph.nodes if node.op == "output")
+        # Of several outputs, the task may use one; then some parameters see no gradient.
+        is_partial = len(pytree.tree_leaves(output.args[0])) > 1
+        with (
+            randomness.preserved(),
+            accelerated(self.device, precision, may_skip_parameters=is_partial) as accelerator,
+        ):
             try:
                 with _Run(self, accelerator) as run:
                     run.go()

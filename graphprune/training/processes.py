@@ -36,11 +36,18 @@ def resolve_precision(precision: Precision, device: str) -> Literal["float32", "
 
 
 @contextmanager
-def accelerated(device: str, precision: Literal["float32", "bfloat16"]) -> Iterator[Accelerator]:
+def accelerated(
+    device: str, precision: Literal["float32", "bfloat16"], *, may_skip_parameters: bool = False
+) -> Iterator[Accelerator]:
     """Yield an Accelerator of this device and precision.
 
     accelerate keeps one state per process, which is put back when the context ends: an Accelerator of the caller's
     own goes on as before, and the next run may choose another device or precision.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: What matrices are multiplied in.
+        may_skip_parameters: Whether a loss may leave parameters without gradients, which several processes must know.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -58,9 +65,12 @@ def accelerated(device: str, precision: Literal["float32", "bfloat16"]) -> Itera
         with here:
             yield Accelerator(
                 cpu=kind.type == "cpu",
+                # The program is in its place; moving its training form to "cpu:0" would copy the buffers they share.
+                device_placement=False,
                 mixed_precision="bf16" if precision == "bfloat16" else "no",
-                # Batch norms share their statistics, so buffers are equal already.
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(find_unused_parameters=may_skip_parameters)
+                ],
             )
     finally:
         for state, shared in zip(states, before, strict=True):

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from graphprune.capture import capture
 from graphprune.data import DataSource
 from graphprune.program import Dialect, Program
 from graphprune.training import Task
 
-__all__ = ["Net", "data", "images", "norm_free", "program", "regression", "regression_data"]
+__all__ = [
+    "Net",
+    "children",
+    "data",
+    "images",
+    "norm_free",
+    "program",
+    "regression",
+    "regression_data",
+]
+
+
+def children() -> Any:
+    """Return a multiprocessing context whose processes start at once, with everything imported and nothing run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "graphprune.training", __name__])
+    return context
 
 
 class Net(nn.Module):
@@ -40,8 +58,18 @@ def program(dialect: Dialect = "fx", *, dropout: float = 0.1, seed: int = 0) -> 
         torch.manual_seed(seed)
         net = Net(dropout=dropout).eval()
     example = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    if dialect == "fx":
-        return capture(net, example)
+    if (
+        dialect == "fx"
+    ):  # as capture makes it, without what capture imports: some tests start processes
+        return Program(
+            module=fx.symbolic_trace(net),
+            example_inputs=(example,),
+            dialect="fx",
+            dynamic_batch=True,
+            source="Net",
+        )
+    from graphprune.capture import capture
+
     batch = torch.export.Dim("batch")
     exported = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
     return capture(exported, example, source="Net")

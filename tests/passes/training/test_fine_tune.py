@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from graphprune.errors import CheckpointError, DataError, UsageError
 from graphprune.passes.training import FineTune
 from graphprune.pipeline import Context, Pipeline
 from graphprune.program import Dialect, Program
-from tests.training.networks import Net, data, program, regression, regression_data
+from graphprune.training.checkpoint import Checkpoint
+from tests.training.networks import Net, children, data, program, regression, regression_data
 
 __all__ = ["make", "regression", "regression_data"]
 
@@ -193,7 +194,7 @@ def _weights(out: Path) -> dict[str, torch.Tensor]:
     return tensors if state["epoch"] == 3 else {}
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+@pytest.mark.slow
 def test_a_killed_command_goes_on_with_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +202,7 @@ def test_a_killed_command_goes_on_with_resume(
     monkeypatch.setattr("graphprune.staging.shutil.rmtree", lambda *_, **__: None)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert _compile(whole) == 0
-    child = multiprocessing.get_context("fork").Process(target=_compile, args=(broken,))
+    child = children().Process(target=_compile, args=(broken,))
     child.start()
     while not list(broken.glob("checkpoints/*/state.pt")):
         assert child.is_alive()
@@ -217,6 +218,34 @@ def test_a_killed_command_goes_on_with_resume(
     assert json.loads((broken / "plan.json").read_text()) == json.loads(
         (whole / "plan.json").read_text()
     )
+    capsys.readouterr()
+
+
+def test_an_interrupted_command_goes_on_with_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert _compile(whole) == 0
+    save, saves = Checkpoint.save, []
+
+    def interrupt(self: Checkpoint, state: Mapping[str, Any]) -> None:
+        save(self, state)
+        saves.append(state["step"])
+        if len(saves) == 15:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", interrupt)
+    assert _compile(broken) == 130
+    assert {p.name for p in broken.iterdir()} == {"checkpoints"}
+    assert _compile(broken, "--resume") == 0
+    assert len(saves) == 3 * 11  # the rest of the steps, none of them twice
+    files = {"metrics.jsonl", "plan.json", "report.html", "report.json"}
+    assert {p.name for p in broken.iterdir()} == files
+    a, b = (
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (whole, broken)
+    )
+    assert [{**line, "seconds": 0} for line in a] == [{**line, "seconds": 0} for line in b]
     capsys.readouterr()
 
 
