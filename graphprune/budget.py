@@ -22,7 +22,16 @@ from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
 from graphprune.units import Bundles, Flags, Granularity, Units, find_units
 
-__all__ = ["Choice", "Target", "choose", "parse_round_to", "parse_target"]
+__all__ = [
+    "AUTO_STEPS",
+    "Choice",
+    "Target",
+    "choose",
+    "limits_room",
+    "parse_round_to",
+    "parse_target",
+    "unreachable",
+]
 
 Scope = Literal["global", "uniform"]
 SLACK = 0.002
@@ -181,7 +190,7 @@ def _quarter(size: int, *, limit: int) -> int:
 
 def _is_near(cost: Cost, target: Target, dense: Cost) -> bool:
     """Whether a choice lands within 1 % of the limits, or has none to land at."""
-    room = _room(cost, target.limits(dense), dense)
+    room = limits_room(cost, target, dense)
     limits = [v for v in (target.macs, target.params) if v is not None]
     return not limits or room <= 0.01 * min(1.0, *limits)
 
@@ -364,13 +373,13 @@ def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: T
         return groups.cost.total(groups.close(units.without(removed, groups.num_channels)))
 
     def room(removed: Flags) -> float:
-        return _room(cost(removed), limits, dense)
+        return limits_room(cost(removed), target, dense)
 
     def fits(found: Cost) -> bool:
         return found.macs <= limits.macs and found.params <= limits.params
 
     if not fits(least := cost(rank < len(order))):
-        raise TargetError(_unreachable(groups, target, dense, least))
+        raise TargetError(unreachable(groups, target, dense, least))
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
@@ -434,8 +443,9 @@ def _flipped(removed: Flags, bundle: Atoms) -> Flags:
     return flipped
 
 
-def _room(cost: Cost, limits: Cost, dense: Cost) -> float:
-    """Return how far below the nearest limit a cost is, as a fraction of the dense program."""
+def limits_room(cost: Cost, target: Target, dense: Cost) -> float:
+    """Return how far below the nearest limit a cost is, as a fraction of the dense program; negative above it."""
+    limits = target.limits(dense)
     return min(
         (limits.macs - cost.macs) / max(1, dense.macs) if limits.macs < dense.macs else math.inf,
         (limits.params - cost.params) / max(1, dense.params)
@@ -444,7 +454,8 @@ def _room(cost: Cost, limits: Cost, dense: Cost) -> float:
     )
 
 
-def _unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Cost) -> str:
+def unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Cost) -> str:
+    """Return the message for a target below the least cost that can be reached."""
     reached = []
     for name in ("macs", "params"):
         if getattr(target, name) is not None:

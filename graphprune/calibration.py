@@ -31,7 +31,7 @@ from graphprune.layers import Layer, layers, padded, patches, unfold
 from graphprune.program import Program
 from graphprune.shifted import ShiftedProducts, pays_off
 
-__all__ = ["Layer", "Moments", "collect", "layers", "unfold"]
+__all__ = ["Layer", "MomentSum", "Moments", "collect", "layers", "unfold"]
 
 _CHUNK = 1 << 22
 """Elements of a chunk of patches: 16 MiB in float32."""
@@ -97,7 +97,7 @@ def collect(
         dense = _Recorder(reference, _chosen(reference, list(chosen), "the reference"), device)
     generator = torch.Generator().manual_seed(0)
     sums = {
-        node: _Sum(
+        node: MomentSum(
             layer,
             dense.chosen[node] if dense else None,
             constant=bias and layer.bias is not None,
@@ -211,7 +211,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 # -- adding up --------------------------------------------------------------------------------------------------
 
 
-class _Sum:
+class MomentSum:
     """Adds up the moments of one layer, without the constant, which needs the sums of the samples only."""
 
     def __init__(

@@ -12,6 +12,7 @@ from pathlib import Path
 from graphprune import registry, textform
 from graphprune.budget import parse_round_to, parse_target
 from graphprune.errors import UsageError
+from graphprune.options import convert_options
 
 __all__ = [
     "DEFAULT_GRANULARITY",
@@ -55,13 +56,20 @@ def default_pipeline(
         choice["granularity"] = granularity
     steps = [
         "dependency-groups",  # which channels must go together, and which cannot go
-        method,  # what each of them is worth
-        textform.format_pass(
-            "choose-channels", choice
-        ),  # the cheapest choice that reaches the target
+        *_choice(method, choice),  # what each of them is worth, and which go
         *_after_the_choice(has_data=has_data, epochs=epochs, task=task, export=export),
     ]
     return ",".join(steps)
+
+
+def _choice(method: str, choice: dict[str, textform.Value]) -> list[str]:
+    """Return the steps that make a plan: a method that chooses itself takes the options, others only score."""
+    parsed = textform.parse(method)[0]
+    kind = registry.load(parsed.name)
+    if kind.chooses:
+        given = convert_options(kind, parsed.options)
+        return [textform.format_pass(parsed.name, {**choice, **given})]
+    return [method, textform.format_pass("choose-channels", choice)]
 
 
 def replay_pipeline(

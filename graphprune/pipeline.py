@@ -91,6 +91,10 @@ class TrainingResult:
     """Whether any value changed."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the training measured."""
+    facts: tuple[Facts, ...] = ()
+    """Facts that hold for the new values: a plan that the pass has learned. All others are dropped."""
+    kept: tuple[Kept, ...] = ()
+    """What could have gone and did not, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,8 @@ class Pass(ABC):
     """Facts that must hold before the pass runs."""
     is_method: ClassVar[bool] = False
     """Whether ``--method`` takes the name: the pass returns what a choice of channels is made from."""
+    chooses: ClassVar[bool] = False
+    """Whether a method chooses the channels itself: it takes the options of choose-channels, and hands out a plan."""
 
     @abstractmethod
     def run(self, program: Program, context: Context) -> PassResult:
@@ -406,8 +412,11 @@ class _Driver:
                 f"{step.spec()}: to the author of {type(step).__qualname__}: a training pass may change values only, "
                 f"found another graph; {_first_difference(text, after)}"
             )
+        self.kept += result.kept
         if result.modified:
             self.replace(step, result.program)
+        for fact in result.facts:
+            self.learn(fact)
 
     def replace(self, step: Pass, program: Program) -> None:
         """Take a changed program: lint it, recompile it, and forget every fact about the old one."""

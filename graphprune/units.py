@@ -21,10 +21,19 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from graphprune.cost import Keep
+from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
 
-__all__ = ["GRANULARITIES", "Bundles", "Flags", "Granularity", "Units", "find_units"]
+__all__ = [
+    "GRANULARITIES",
+    "Bundles",
+    "Flags",
+    "Granularity",
+    "Units",
+    "find_units",
+    "parse_granularity",
+]
 
 Granularity = Literal["channels", "heads"]
 GRANULARITIES: tuple[Granularity, ...] = ("channels", "heads")
@@ -116,6 +125,20 @@ class Bundles:
     def means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the mean of one value per unit over each bundle."""
         return np.asarray(self.sums(values) / self.lengths)
+
+
+def parse_granularity(text: str) -> tuple[Granularity, ...]:
+    """Parse ``channels``, ``heads`` or both with a comma.
+
+    Raises:
+        UsageError: Something else is named.
+    """
+    names = [part.strip() for part in text.split(",")]
+    if unknown := [n for n in names if n not in GRANULARITIES]:
+        raise UsageError(
+            f"granularity {unknown[0]!r} is not known; known: {', '.join(GRANULARITIES)}"
+        )
+    return tuple(g for g in GRANULARITIES if g in names)
 
 
 def find_units(

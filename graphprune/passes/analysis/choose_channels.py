@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from graphprune.budget import choose, parse_round_to, parse_target
-from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.scores import Scores
-from graphprune.units import GRANULARITIES, Granularity
+from graphprune.units import parse_granularity
 
 __all__ = ["ChooseChannels"]
 
@@ -43,7 +42,7 @@ class ChooseChannels(Pass):
             groups,
             scores.values,
             parse_target(self.target),
-            granularity=_granularity(self.granularity),
+            granularity=parse_granularity(self.granularity),
             round_to=parse_round_to(self.round_to),
             scope=self.scope,
             max_ratio=self.max_ratio,
@@ -57,10 +56,3 @@ class ChooseChannels(Pass):
             seed=context.seed,
             heads=choice.heads,
         )
-
-
-def _granularity(text: str) -> tuple[Granularity, ...]:
-    names = [part.strip() for part in text.split(",")]
-    if unknown := [n for n in names if n not in GRANULARITIES]:
-        raise UsageError(f"granularity {unknown[0]!r} is not known; known: {', '.join(GRANULARITIES)}")
-    return tuple(g for g in GRANULARITIES if g in names)

@@ -39,11 +39,16 @@ class MeanActivation(Pass):
         """Run the data through the program and return the mean absolute activations."""
         groups = context.need(DependencyGroups)
         if context.data is None:
-            raise DataError(f"method {self.name} expected training data, found none; give data= or --data")
+            raise DataError(
+                f"method {self.name} expected training data, found none; give data= or --data"
+            )
         recorder = _Recorder(program.clone().module.to(context.device), groups)
         loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
         batches = 0
-        with torch.inference_mode(), context.progress.task("activations", total=len(loader)) as task:
+        with (
+            torch.inference_mode(),
+            context.progress.task("activations", total=len(loader)) as task,
+        ):
             for inputs, _ in loader:
                 recorder.run(inputs.to(context.device))
                 batches += 1

@@ -1,6 +1,6 @@
 """First-order Taylor: how much the loss would change if a channel's weights became zero.
 
-    |L(w) - L(w without channel c)|  ~  |sum over the channel's weights of  w * dL/dw|
+|L(w) - L(w without channel c)|  ~  |sum over the channel's weights of  w * dL/dw|
 """
 
 from __future__ import annotations
@@ -44,13 +44,19 @@ class Taylor(Pass):
         """Accumulate the gradient of the loss and return the scores."""
         groups = context.need(DependencyGroups)
         if context.data is None:
-            raise DataError(f"method {self.name} expected labelled training data, found none; give data= or --data")
+            raise DataError(
+                f"method {self.name} expected labelled training data, found none; give data= or --data"
+            )
         clone = program.clone()
         module = clone.module.to(context.device).requires_grad_(True)
         loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
         with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as task:
             for inputs, labels in loader:
-                logits = next(t for t in tree_leaves(module(inputs.to(context.device))) if isinstance(t, Tensor))
+                logits = next(
+                    t
+                    for t in tree_leaves(module(inputs.to(context.device)))
+                    if isinstance(t, Tensor)
+                )
                 F.cross_entropy(logits, labels.to(context.device)).backward()
                 task.advance()
 

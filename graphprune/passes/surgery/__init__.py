@@ -2,5 +2,6 @@
 
 from graphprune.passes.surgery.clean_up import CleanUp
 from graphprune.passes.surgery.remove_channels import RemoveChannels
+from graphprune.passes.surgery.remove_zeros import RemoveZeros
 
-__all__ = ["CleanUp", "RemoveChannels"]
+__all__ = ["CleanUp", "RemoveChannels", "RemoveZeros"]

@@ -31,7 +31,9 @@ class RemoveChannels(Pass):
         keep = plan.keep(program, groups)
         if not plan.slices:
             return SurgeryResult(program=program, modified=False, kept=groups.kept)
-        cut = cut_program(program, groups, keep, step=f"{self.spec()}: {plan.removed.channels} channels")
+        cut = cut_program(
+            program, groups, keep, step=f"{self.spec()}: {plan.removed.channels} channels"
+        )
         return SurgeryResult(
             program=cut.program,
             modified=True,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from graphprune.passes.training.fine_tune import FineTune
+from graphprune.passes.training.l_obs import LayerwiseObs
+from graphprune.passes.training.obs import StructuredObs
 from graphprune.passes.training.reestimate_batch_norm import ReestimateBatchNorm
 
-__all__ = ["FineTune", "ReestimateBatchNorm"]
+__all__ = ["FineTune", "LayerwiseObs", "ReestimateBatchNorm", "StructuredObs"]

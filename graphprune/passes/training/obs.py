@@ -1,0 +1,340 @@
+"""Structured optimal brain surgeon: remove whole channels, and let the weights that stay make up for them.
+
+    1  moments      second moments of the input of every layer that reads a removable channel, from unlabelled data
+    2  order        per group, the channel whose loss the other columns of its readers make up for best, again and again
+    3  sensitivity  what the network's output loses when one group has lost a quarter, a half, three quarters
+    4  allocation   how many channels of each group go: dynamic programming over these errors and the exact cost
+    5  refit        layer by layer in graph order, least squares towards the dense layer's output, from the inputs that
+                    the layer gets in the pruned network
+
+Needs no labels and no training. What it returns is the same graph with zero columns, and the plan that removes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from graphprune.allocation import Levels, allocate
+from graphprune.budget import AUTO_STEPS, limits_room, parse_round_to, parse_target, unreachable
+from graphprune.calibration import Moments, collect
+from graphprune.cost import Keep
+from graphprune.errors import DataError, PassError, TargetError
+from graphprune.groups import DependencyGroups
+from graphprune.layers import Layer
+from graphprune.pipeline import Context, Facts, Pass, TrainingResult
+from graphprune.plan import Plan
+from graphprune.program import Program
+from graphprune.readers import UnitGroup, columns_of, unit_groups
+from graphprune.side_by_side import walk
+from graphprune.structured_obs import Removal, refit, removal_order
+from graphprune.units import Units, find_units, parse_granularity
+
+__all__ = ["StructuredObs"]
+
+PROBES = (0.25, 0.5, 0.75)
+"""Fractions of a group's units after whose removal the network's output is looked at."""
+MAX_LEVELS = 64
+"""A wide group is offered about this many counts."""
+MEMORY = 1 << 30
+"""Bytes of second moments that are held at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredObs(Pass):
+    """Remove channels by second-order information, without labels and without training.
+
+    Source: Frantar, Singh and Alistarh 2022, "Optimal Brain Compression", equation 5, for the columns of a channel as
+    in ZipLM (Kurtic, Frantar and Alistarh 2023); Dong, Chen and Pan 2017 for the layer-wise second moments. The
+    measured sensitivities and the order of the refit are our own.
+    """
+
+    name: ClassVar[str] = "obs"
+    requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
+    is_method: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
+
+    target: str = "macs=0.5"
+    """Limits such as ``macs=0.5``, ``params=5M`` or both, or ``ratio=0.3`` of every group."""
+    granularity: str = "channels"
+    """What may go: ``channels``, ``heads``, or both with a comma."""
+    round_to: str = "auto"
+    """As for choose-channels."""
+    num_samples: int = 1024
+    """How many training samples to calibrate on; their labels are not looked at."""
+    batch_size: int = 128
+    """Samples in a batch."""
+    damping: float = 1e-4
+    """Added to the diagonal of second moments, as a fraction of their mean diagonal."""
+    probe_samples: int = 256
+    """How many of the samples tell the sensitivity of the output; 0: trust the layers' own errors."""
+    patches: int = 0
+    """At most so many patches of a batch count in the refit of a convolution; 0: all."""
+
+    def run(self, program: Program, context: Context) -> TrainingResult:
+        """Choose, make up for what goes, and return the program with the plan that removes it."""
+        groups = context.need(DependencyGroups)
+        if self.damping < 0:
+            raise PassError(f"expected a damping of 0 or more, found {self.damping:g}")
+        samples = self._samples(context)
+        units = find_units(
+            groups,
+            np.ones(groups.num_channels),
+            granularity=parse_granularity(self.granularity),
+        )
+        found, kept = unit_groups(program, groups, units)
+        if not found:
+            raise PassError(
+                f"{self.name} found no channel that only linear and convolution layers read"
+                + (f"; {kept[0].what}: {kept[0].why}" if kept else "")
+            )
+        surgeon = _Surgeon(self, program.clone(), context, groups, units, found, samples)
+        removals = surgeon.order()
+        levels = surgeon.choose(removals)
+        error = surgeon.carry_out(removals, levels)
+        keep = surgeon.keep(removals, levels)
+        plan = Plan.of(
+            program,
+            groups,
+            keep,
+            method=self.name,
+            target=self.target,
+            seed=context.seed,
+            heads=surgeon.heads(removals, levels),
+        )
+        return TrainingResult(
+            program=surgeon.program,
+            modified=True,
+            metrics={"obs_output_error": error, "obs_samples": float(sum(map(len, samples)))},
+            facts=(groups, plan),
+            kept=tuple(kept),
+        )
+
+    def _samples(self, context: Context) -> list[Tensor]:
+        if context.data is None:
+            raise DataError(
+                f"method {self.name} expected training data (labels are not needed), found none; give data= or --data"
+            )
+        if self.num_samples < 1 or self.batch_size < 1 or self.patches < 0:
+            raise DataError(
+                f"{self.name} needs at least one sample, found num_samples={self.num_samples} "
+                f"batch_size={self.batch_size} patches={self.patches}"
+            )
+        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
+        return [batch[0] for batch in loader]
+
+
+class _Surgeon:
+    """The state of one run; `program` is a clone whose weights it changes."""
+
+    def __init__(
+        self,
+        options: StructuredObs,
+        program: Program,
+        context: Context,
+        groups: DependencyGroups,
+        units: Units,
+        found: Sequence[UnitGroup],
+        samples: Sequence[Tensor],
+    ) -> None:
+        self.options = options
+        self.program = program
+        self.context = context
+        self.groups = groups
+        self.units = units
+        self.found = found
+        self.samples = samples
+        self.layers: dict[str, Layer] = {r.layer.node: r.layer for g in found for r in g.readers}
+        tensors = dict(program.named_tensors())
+        self.dense: dict[str, Tensor] = {
+            node: tensors[layer.weight].detach().flatten(1).clone()
+            for node, layer in self.layers.items()
+        }
+        self.tensors = tensors
+        self.probe = self._probe()
+
+    # -- order and sensitivity --------------------------------------------------------------------------------------
+
+    def order(self) -> list[Removal]:
+        """Return the order in which each group's units go, with errors of the network's output."""
+        removals: list[Removal] = []
+        with self.context.progress.task("obs: what can go", total=len(self.found)) as task:
+            for wave in self._waves():
+                nodes = {r.layer.node for g in wave for r in g.readers}
+                moments = collect(
+                    self.program,
+                    self.samples,
+                    [n for n in self.layers if n in nodes],
+                    device=self.context.device,
+                )
+                for group in wave:
+                    removals.append(self._measured(group, moments))
+                    task.advance()
+        return removals
+
+    def _waves(self) -> list[list[UnitGroup]]:
+        """Split the groups so that the second moments of each part fit into memory."""
+        waves: list[list[UnitGroup]] = [[]]
+        held: dict[str, int] = {}
+        for group in self.found:
+            new = {
+                r.layer.node: 8 * (self.dense[r.layer.node].shape[1] + 1) ** 2
+                for r in group.readers
+            }
+            if waves[-1] and sum((held | new).values()) > MEMORY:
+                waves.append([])
+                held = {}
+            held |= new
+            waves[-1].append(group)
+        return waves
+
+    def _measured(self, group: UnitGroup, moments: Mapping[str, Moments]) -> Removal:
+        size = len(group)
+        probes = sorted({round(f * size) for f in PROBES} - {0, size}) if self.probe else []
+        removal = removal_order(
+            group, self.dense, moments, damping=self.options.damping, keep_weights=probes
+        )
+        if not self.probe or not probes:
+            return removal
+        ratios = []
+        for count in probes:
+            for node, weight in removal.weights[count].items():
+                self._write(node, weight)
+            ratios.append(self._output_error() / max(float(removal.errors[count]), 1e-30))
+        for node in removal.weights[probes[0]]:
+            self._write(node, self.dense[node])
+        scale = np.interp(np.arange(size), probes, ratios)
+        errors = np.maximum.accumulate(removal.errors.numpy() * scale)
+        return Removal(order=removal.order, errors=torch.from_numpy(errors), weights={})
+
+    def _write(self, node: str, weight: Tensor) -> None:
+        parameter = self.tensors[self.layers[node].weight]
+        with torch.no_grad():
+            parameter.copy_(weight.view_as(parameter))
+
+    def _probe(self) -> list[tuple[Tensor, Tensor]]:
+        """Return inputs with the dense program's outputs on them."""
+        count = self.options.probe_samples
+        if not count:
+            return []
+        inputs = torch.cat(list(self.samples))[:count].split(self.options.batch_size)
+        return [(x, self._outputs(x)) for x in inputs]
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            module = self.program.module.to(self.context.device)
+            leaves = tree_leaves(module(inputs.to(self.context.device)))
+        parts = [t.flatten(1) for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        return torch.cat(parts, 1).cpu().double()
+
+    def _output_error(self) -> float:
+        """Return the squared error of the output against the dense one's, relative to its variance over samples."""
+        error = sum(float((self._outputs(x) - y).square().sum()) for x, y in self.probe)
+        dense = torch.cat([y for _, y in self.probe])
+        return error / max(float((dense - dense.mean(0)).square().sum()), 1e-30)
+
+    # -- choice -----------------------------------------------------------------------------------------------------
+
+    def choose(self, removals: Sequence[Removal]) -> list[int]:
+        """Return how many units of each group go.
+
+        Raises:
+            TargetError: The target cannot be reached.
+        """
+        target = parse_target(self.options.target)
+        dense = self.groups.cost.total()
+        if target.ratio is not None:
+            return [
+                max(n for n in self._counts(g, 1) if n <= target.ratio * len(g) + 1e-9)
+                for g in self.found
+            ]
+        step = parse_round_to(self.options.round_to)
+        least = None
+        for limit in AUTO_STEPS if step == "auto" else (step,):
+            counts = [self._counts(g, limit, auto=step == "auto") for g in self.found]
+            levels = [
+                Levels(removed=np.array(c), errors=r.errors.numpy()[c])
+                for c, r in zip(counts, removals, strict=True)
+            ]
+
+            def room(chosen: Sequence[int], counts: Any = counts) -> float:
+                removed = [c[i] for c, i in zip(counts, chosen, strict=True)]
+                cost = self.groups.cost.total(self.keep(removals, removed))
+                return limits_room(cost, target, dense)
+
+            chosen = allocate(levels, room)
+            if chosen is not None:
+                removed = [c[i] for c, i in zip(counts, chosen, strict=True)]
+                if limit == 1 or room(chosen) <= 0.01 or step != "auto":
+                    return removed
+                least = removed
+        if least is not None:
+            return least
+        everything = [c[-1] for c in counts]
+        reached = self.groups.cost.total(self.keep(removals, everything))
+        raise TargetError(unreachable(self.groups, target, dense, reached))
+
+    def _counts(self, group: UnitGroup, limit: int, *, auto: bool = False) -> list[int]:
+        """Return how many units of a group may go, so that what is left is a multiple of `limit` channels."""
+        size, width = len(group), group.width
+        wanted = min(limit, 1 << max(0, (size * width // 4).bit_length() - 1)) if auto else limit
+        step = wanted // int(np.gcd(wanted, width))
+        allowed = [n for n in range(1, size) if (size - n) % step == 0]
+        stride = -(-len(allowed) // MAX_LEVELS) if allowed else 1
+        return [0, *allowed[::stride]]
+
+    def _gone(self, removals: Sequence[Removal], removed: Sequence[int]) -> np.ndarray:
+        flags = np.zeros(len(self.units), np.bool_)
+        for group, removal, count in zip(self.found, removals, removed, strict=True):
+            flags[[group.units[i] for i in removal.order[:count]]] = True
+        return flags
+
+    def keep(self, removals: Sequence[Removal], removed: Sequence[int]) -> Keep:
+        """Return the channels that stay when so many units of each group go."""
+        flags = self._gone(removals, removed)
+        return self.groups.close(self.units.without(flags, self.groups.num_channels))
+
+    def heads(self, removals: Sequence[Removal], removed: Sequence[int]) -> int:
+        """Return how many attention heads go."""
+        return int(self.units.is_head[self._gone(removals, removed)].sum())
+
+    # -- refit ------------------------------------------------------------------------------------------------------
+
+    def carry_out(self, removals: Sequence[Removal], removed: Sequence[int]) -> float:
+        """Empty the columns of what goes, refit every reader in graph order, and return the output's error."""
+        alive = {node: torch.ones(w.shape[1], dtype=torch.bool) for node, w in self.dense.items()}
+        for group, removal, count in zip(self.found, removals, removed, strict=True):
+            for reader in group.readers:
+                alive[reader.layer.node][columns_of(reader, removal.order[:count])] = False
+        reference = self.program.clone()
+        names = [n.name for n in self.program.module.graph.nodes if n.name in alive]
+        for node in names:
+            self._write(node, self.dense[node] * alive[node])
+        with self.context.progress.task("obs: make up for it", total=len(names)) as task:
+            for moments in walk(
+                self.program,
+                reference,
+                self.samples,
+                names,
+                device=self.context.device,
+                max_patches=self.options.patches or None,
+            ):
+                self._refit(moments, alive[moments.layer.node])
+                task.advance()
+        return self._output_error() if self.probe else float("nan")
+
+    def _refit(self, moments: Moments, alive: Tensor) -> None:
+        layer = moments.layer
+        node = layer.node
+        bias = None if layer.bias is None else self.tensors[layer.bias].detach()
+        weight, shift = refit(self.dense[node], bias, moments, alive, damping=self.options.damping)
+        self._write(node, weight)
+        if layer.bias is not None and shift is not None:
+            with torch.no_grad():
+                self.tensors[layer.bias].copy_(shift)

@@ -1,0 +1,176 @@
+"""Optimal brain surgery on whole units: which goes next, and what the weights that stay become.
+
+A layer ``z = W y`` with second moments ``H = E[y y^T]`` loses the columns S of a unit. The update of the other columns
+that keeps its output closest, and the error that remains, are
+
+    error_S = tr( W_S ((H^-1)_SS)^-1 W_S^T )         E|z - z'|^2, summed over outputs
+    W      -= W_S ((H^-1)_SS)^-1 (H^-1)_S
+    H^-1   -= (H^-1)_:S ((H^-1)_SS)^-1 (H^-1)_S:
+
+Source: Frantar, Singh and Alistarh 2022, "Optimal Brain Compression", equation 5, for a set of columns, as in ZipLM
+(Kurtic, Frantar and Alistarh 2023); our reconstruction where several layers read the same unit: each error is taken
+relative to the energy of the layer's output, and they add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphprune.calibration import Moments
+from graphprune.readers import Reader, UnitGroup, columns_of
+
+__all__ = ["Removal", "refit", "removal_order"]
+
+STEPS = 64
+"""Units of a wide group go several at a time, so that they are scored again about this often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """The order in which the units of a group go."""
+
+    order: tuple[int, ...]
+    """Positions in `UnitGroup.units`; the last unit is not among them."""
+    errors: Tensor
+    """Shape [len(order) + 1]: the sum of relative output errors after so many have gone; 0 first."""
+    weights: Mapping[int, Mapping[str, Tensor]]
+    """Number removed -> node -> weight matrix, for the numbers that were asked for."""
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """Return `gram` with `damping` times its mean diagonal on the diagonal, so that dead and duplicate inputs do no harm."""
+    diagonal = gram.diagonal()
+    amount = max(damping * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-30)
+    return gram + amount * torch.eye(len(gram), dtype=gram.dtype)
+
+
+class _State:
+    """A layer while units of a group go."""
+
+    def __init__(self, reader: Reader, weight: Tensor, moments: Moments, damping: float) -> None:
+        self.reader = reader
+        gram = moments.gram[0].double()
+        self.weight = weight.double().clone()
+        if moments.has_constant:  # the bias may move, too; what it was does not matter
+            self.weight = torch.cat([self.weight, self.weight.new_zeros(len(weight), 1)], 1)
+        self.constant = moments.has_constant
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damping)))
+        self.energy = max(float(((self.weight @ gram) * self.weight).sum()), 1e-30)
+
+    def scores(self, alive: Tensor) -> Tensor:
+        """Return the relative error of removing each unit, shape [units]; 0 where the layer does not read it."""
+        result = torch.zeros(len(alive), dtype=torch.float64)
+        for members, owned in self.reader.columns:
+            here = alive[members]
+            if not here.any():
+                continue
+            columns = owned[here]
+            blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+            rows = self.weight[:, columns].permute(1, 2, 0)  # [n, m, outputs]
+            solved = torch.linalg.solve(blocks, rows)
+            result[members[here]] = (rows * solved).sum((1, 2))
+        return result / self.energy
+
+    def remove(self, columns: Tensor) -> float:
+        """Remove columns and return the relative error."""
+        if not len(columns):
+            return 0.0
+        block = self.inverse[columns][:, columns]
+        cross = torch.linalg.solve(block, self.inverse[columns])  # [k, f]
+        part = self.weight[:, columns]
+        error = float((torch.linalg.solve(block, part.T) * part.T).sum())
+        self.weight -= part @ cross
+        self.weight[:, columns] = 0.0
+        self.inverse -= self.inverse[:, columns] @ cross
+        self.inverse[columns] = 0.0
+        self.inverse[:, columns] = 0.0
+        return error / self.energy
+
+    def matrix(self) -> Tensor:
+        """Return the weight matrix without the constant's column."""
+        return (self.weight[:, :-1] if self.constant else self.weight).clone()
+
+
+def removal_order(
+    group: UnitGroup,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    *,
+    damping: float = 1e-4,
+    keep_weights: Sequence[int] = (),
+) -> Removal:
+    """Remove one unit after the other, always the one that costs its readers least.
+
+    Args:
+        group: The units and their readers.
+        weights: Node -> weight matrix, shape [outputs, columns].
+        moments: Node -> second moments of the layer's input.
+        damping: Added to the diagonal of each Gram matrix, as a fraction of its mean.
+        keep_weights: After how many removals to keep the updated weights.
+    """
+    states = [
+        _State(r, weights[r.layer.node], moments[r.layer.node], damping) for r in group.readers
+    ]
+    alive = torch.ones(len(group), dtype=torch.bool)
+    chunk = max(1, len(group) // STEPS)
+    order: list[int] = []
+    errors = [0.0]
+    kept: dict[int, Mapping[str, Tensor]] = {}
+    wanted = sorted(set(keep_weights))
+    while len(order) < len(group) - 1:
+        scores = torch.stack([s.scores(alive) for s in states]).sum(0)
+        scores[~alive] = torch.inf
+        room = len(group) - 1 - len(order)
+        stop = next((w - len(order) for w in wanted if w > len(order)), room)
+        chosen = torch.argsort(scores, stable=True)[: min(chunk, room, stop)].tolist()
+        error = sum(s.remove(columns_of(s.reader, chosen)) for s in states)
+        alive[chosen] = False
+        # Units that go together share the error of their step.
+        errors += [errors[-1] + error * (i + 1) / len(chosen) for i in range(len(chosen))]
+        order += chosen
+        if len(order) in wanted:
+            kept[len(order)] = {s.reader.layer.node: s.matrix() for s in states}
+    return Removal(
+        order=tuple(order), errors=torch.tensor(errors, dtype=torch.float64), weights=kept
+    )
+
+
+def refit(
+    dense: Tensor, bias: Tensor | None, moments: Moments, alive: Tensor, *, damping: float = 1e-4
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weights that bring a layer closest to its dense output, from the inputs that it gets now.
+
+        W' = argmin over columns that are alive of  E|W' y - W ydense|^2 + damping |W' - W|^2
+
+    Args:
+        dense: The dense weight matrix W, shape [outputs, columns].
+        bias: The dense bias, shape [outputs].
+        moments: With `cross`, the dense inputs against those of now.
+        alive: Which columns are left, shape [columns].
+        damping: Pull towards the dense weights, as a fraction of the mean of the Gram matrix's diagonal.
+
+    Returns:
+        Weight matrix, zero in the columns that are gone, and bias.
+    """
+    assert moments.cross is not None
+    gram, cross = moments.gram[0].double(), moments.cross[0].double()
+    weight = dense.double()
+    live = alive
+    if moments.has_constant:
+        column = torch.zeros_like(weight[:, 0]) if bias is None else bias.double()
+        weight = torch.cat([weight, column[:, None]], 1)
+        live = torch.cat([alive, torch.ones(1, dtype=torch.bool)])
+    amount = damping * float(gram.diagonal().mean()) + 1e-12
+    left = gram[live][:, live] + amount * torch.eye(int(live.sum()), dtype=gram.dtype)
+    right = (weight @ cross)[:, live] + amount * weight[:, live]
+    result = torch.zeros_like(weight)
+    result[:, live] = torch.linalg.solve(left, right.T).T
+    if moments.has_constant:
+        return result[:, :-1].to(dense.dtype), None if bias is None else result[:, -1].to(
+            bias.dtype
+        )
+    return result.to(dense.dtype), bias
