@@ -64,6 +64,8 @@ def allocate(
         left = room(found)
         if left >= 0 and (error := _error(groups, found)) < best_error:
             best, best_error = found, error
+        if left >= 0 and found == current:
+            break
         extra = max(0.0, extra - left) if left < 0 else extra
         current = found
     return _refilled(groups, best, room)

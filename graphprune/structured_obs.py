@@ -42,7 +42,7 @@ class Removal:
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
-    """Return `gram` with `damping` times its mean diagonal on the diagonal, so that dead and duplicate inputs do no harm."""
+    """Return `gram` with `damping` times its mean diagonal added, so that dead and duplicate inputs do no harm."""
     diagonal = gram.diagonal()
     amount = max(damping * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-30)
     return gram + amount * torch.eye(len(gram), dtype=gram.dtype)

@@ -23,7 +23,8 @@ __all__ = ["MeanActivation"]
 class MeanActivation(Pass):
     """Score a channel by its mean absolute activation, summed over the operators that read it.
 
-    Source: Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.2.
+    Source: Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section
+    2.2.
     """
 
     name: ClassVar[str] = "activation"

@@ -21,8 +21,8 @@ __all__ = ["Magnitude"]
 class Magnitude(Pass):
     """Score a channel by the norm of all weights that belong to it: rows that make it, and columns that read it.
 
-    Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets" (L1 of filters); summed over coupled places as in Fang
-    et al. 2023, "DepGraph: Towards Any Structural Pruning".
+    Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets" (L1 of filters); summed over coupled places as in
+    Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
     """
 
     name: ClassVar[str] = "magnitude"

@@ -28,7 +28,8 @@ __all__ = ["Taylor"]
 class Taylor(Pass):
     """Score a channel by the first-order change of the cross-entropy when its weights vanish.
 
-    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", equation 8 (summed before the square).
+    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", equation 8 (summed before the
+    square).
     """
 
     name: ClassVar[str] = "taylor"
