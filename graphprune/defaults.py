@@ -54,22 +54,25 @@ def default_pipeline(
         choice["round_to"] = str(round_to)
     if granularity != DEFAULT_GRANULARITY:
         choice["granularity"] = granularity
-    steps = [
-        "dependency-groups",  # which channels must go together, and which cannot go
-        *_choice(method, choice),  # what each of them is worth, and which go
-        *_after_the_choice(has_data=has_data, epochs=epochs, task=task, export=export),
-    ]
-    return ",".join(steps)
-
-
-def _choice(method: str, choice: dict[str, textform.Value]) -> list[str]:
-    """Return the steps that make a plan: a method that chooses itself takes the options, others only score."""
     parsed = textform.parse(method)[0]
     kind = registry.load(parsed.name)
-    if kind.chooses:
-        given = convert_options(kind, parsed.options)
-        return [textform.format_pass(parsed.name, {**choice, **given})]
-    return [method, textform.format_pass("choose-channels", choice)]
+    if kind.chooses:  # it takes the options, and leaves statistics that fit its choice
+        options = {**choice, **convert_options(kind, parsed.options)}
+        chosen = [textform.format_pass(parsed.name, options)]
+    else:  # what each channel is worth, and the cheapest choice that reaches the target
+        chosen = [method, textform.format_pass("choose-channels", choice)]
+    steps = [
+        "dependency-groups",  # which channels must go together, and which cannot go
+        *chosen,
+        *_after_the_choice(
+            has_data=has_data,
+            reestimate=has_data and not kind.chooses,
+            epochs=epochs,
+            task=task,
+            export=export,
+        ),
+    ]
+    return ",".join(steps)
 
 
 def replay_pipeline(
@@ -88,12 +91,16 @@ def replay_pipeline(
     steps = [
         "dependency-groups",  # the plan is checked against the coupling of this model
         textform.format_pass("load-plan", {"path": str(plan)}),
-        *_after_the_choice(has_data=has_data, epochs=epochs, task=task, export=export),
+        *_after_the_choice(
+            has_data=has_data, reestimate=has_data, epochs=epochs, task=task, export=export
+        ),
     ]
     return ",".join(steps)
 
 
-def _after_the_choice(*, has_data: bool, epochs: int, task: str, export: bool) -> list[str]:
+def _after_the_choice(
+    *, has_data: bool, reestimate: bool, epochs: int, task: str, export: bool
+) -> list[str]:
     if epochs < 0:
         raise UsageError(f"expected epochs from 0 on, found {epochs}")
     if epochs and not has_data:
@@ -102,7 +109,7 @@ def _after_the_choice(*, has_data: bool, epochs: int, task: str, export: bool) -
         "remove-channels",  # the cut; the driver proves it exact
         "clean-up",  # what the cut left without a purpose
     ]
-    if has_data:
+    if reestimate:
         steps.append("reestimate-batch-norm")  # fewer channels, other statistics
     if epochs:
         options: dict[str, textform.Value] = {"epochs": epochs}

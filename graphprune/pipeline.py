@@ -163,7 +163,8 @@ class Pass(ABC):
     is_method: ClassVar[bool] = False
     """Whether ``--method`` takes the name: the pass returns what a choice of channels is made from."""
     chooses: ClassVar[bool] = False
-    """Whether a method chooses the channels itself: it takes the options of choose-channels, and hands out a plan."""
+    """Whether a method chooses the channels itself: it takes the options of choose-channels, hands out a plan, and
+    leaves weights and statistics that fit it."""
 
     @abstractmethod
     def run(self, program: Program, context: Context) -> PassResult:

@@ -164,6 +164,7 @@ def test_compile_takes_the_method_and_keeps_its_plan(
 def test_the_pipeline_has_no_second_choice() -> None:
     text = default_pipeline(target="macs=0.4", method="obs{damping=0.01}", has_data=True)
     assert text.startswith('dependency-groups,obs{target="macs=0.4" damping=0.01},remove-channels')
+    assert "reestimate" not in text  # the refit has brought outputs back to the statistics
 
 
 @pytest.mark.parametrize(
