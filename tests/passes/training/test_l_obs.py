@@ -236,7 +236,7 @@ def test_refusals() -> None:
     program = _program()
     context = Context(facts={}, dense=program)
     with pytest.raises(DataError, match="l-obs expected training data, found none; give data="):
-        registry.load("l-obs")(keep=0.5).run(program, context)
+        registry.load("l-obs")(keep=0.5).run(program, context)  # type: ignore[call-arg]
     with pytest.raises(PassError, match="singular .* larger damping"):
         _run(program, keep=0.5, damping=0.0, num_samples=3)
     with pytest.raises(
