@@ -20,7 +20,7 @@ from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import Labels
 from graphprune.program import Program
 
-__all__ = ["Cost", "CostModel", "NodeCost"]
+__all__ = ["Cost", "CostModel", "NodeCost", "Products"]
 
 Keep = NDArray[np.bool_]
 
@@ -43,7 +43,7 @@ class NodeCost:
 
 
 @dataclass(frozen=True)
-class _Products:
+class Products:
     """A list of ``constant * product of counts``, evaluated at once."""
 
     constants: NDArray[np.float64]
@@ -55,7 +55,8 @@ class _Products:
     """Which product each factor belongs to."""
 
     @classmethod
-    def of(cls, terms: Sequence[tuple[float, Sequence[Atoms]]], channel_of: Atoms) -> _Products:
+    def of(cls, terms: Sequence[tuple[float, Sequence[Atoms]]], channel_of: Atoms) -> Products:
+        """Build the products ``(constant, factors in atoms)``."""
         factors = [(i, channel_of[f].ravel()) for i, (_, fs) in enumerate(terms) for f in fs]
         lengths = [len(f) for _, f in factors]
         return cls(
@@ -66,6 +67,7 @@ class _Products:
         )
 
     def values(self, keep: Keep) -> NDArray[np.float64]:
+        """Return every product when the channels in `keep` are left."""
         result = self.constants.copy()
         if len(self.channels):
             counts = np.add.reduceat(keep[self.channels].astype(np.float64), self.starts)
@@ -92,8 +94,8 @@ class CostModel:
     param_names: tuple[str, ...]
     param_nodes: Mapping[str, str]
     """Parameter -> the first node that uses it."""
-    _macs: _Products
-    _params: _Products
+    _macs: Products
+    _params: Products
 
     @classmethod
     def build(
@@ -114,8 +116,8 @@ class CostModel:
             nodes=tuple(t.node for t in labels.terms),
             param_names=tuple(parameters),
             param_nodes=_first_users(program, parameters),
-            _macs=_Products.of([(t.constant, t.factors) for t in labels.terms], channel_of),
-            _params=_Products.of(terms, channel_of),
+            _macs=Products.of([(t.constant, t.factors) for t in labels.terms], channel_of),
+            _params=Products.of(terms, channel_of),
         )
 
     def everything(self) -> Keep:
@@ -133,6 +135,16 @@ class CostModel:
         """Return the parameters and the MACs that the dense program saves, to first order, with each channel."""
         count = self.num_channels
         return self._params.marginal(count), self._macs.marginal(count)
+
+    @property
+    def macs_products(self) -> Products:
+        """One product per contraction."""
+        return self._macs
+
+    @property
+    def params_products(self) -> Products:
+        """One product per parameter."""
+        return self._params
 
     @property
     def params(self) -> int:
