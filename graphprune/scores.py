@@ -14,7 +14,7 @@ from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Facts
 from graphprune.program import Program
 
-__all__ = ["Scores", "along", "norms_along", "sum_over_places"]
+__all__ = ["Scores", "along", "last_where_unseen", "norms_along", "sum_over_places"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,4 +73,24 @@ def sum_over_places(
     for place in groups.places:
         if place.name in tensors and (part := measure(place, tensors[place.name])) is not None:
             np.add.at(values, groups.channels_of(place), part)
+    return values
+
+
+def last_where_unseen(
+    program: Program,
+    groups: DependencyGroups,
+    measure: Callable[[Place, Tensor], NDArray[np.float64] | None],
+) -> NDArray[np.float64]:
+    """Return `sum_over_places`, and for channels that `measure` saw nowhere a value far above all others.
+
+    It is finite, and means that the budget takes these channels last.
+    """
+
+    def seen(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
+        found = measure(place, tensor)
+        return None if found is None else np.ones(len(found))
+
+    values = sum_over_places(program, groups, measure)
+    counts = sum_over_places(program, groups, seen)
+    values[counts == 0] = 1e6 * max(1.0, float(values.max(initial=0.0)))
     return values

@@ -15,7 +15,7 @@ from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
-from graphprune.scores import Scores, along, sum_over_places
+from graphprune.scores import Scores, along, last_where_unseen
 
 __all__ = ["BatchNormScale"]
 
@@ -46,13 +46,7 @@ class BatchNormScale(Pass):
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
             return along(tensor.abs(), place.dim) if place.name in scales else None
 
-        def count(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
-            return np.ones(len(tensor)) if place.name in scales else None
-
-        values = sum_over_places(program, groups, measure)
-        seen = sum_over_places(program, groups, count) > 0
-        # A finite stand-in for "never": far above every scale, so that the budget takes these last.
-        values[~seen] = 1e6 * max(1.0, float(values.max(initial=0.0)))
+        values = last_where_unseen(program, groups, measure)
         return Scores(values=values, method=self.spec())
 
 

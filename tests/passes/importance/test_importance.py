@@ -64,11 +64,22 @@ def at(scores: Scores, groups: DependencyGroups, name: str) -> np.ndarray:
     return np.asarray(scores.values[groups.channels_of(Place(name, 0))])
 
 
-METHODS = ("magnitude", "bn-scale", "activation", "taylor", "random")
+METHODS = (
+    "magnitude",
+    "bn-scale",
+    "activation",
+    "taylor",
+    "wanda",
+    "fisher",
+    "lamp",
+    "geometric-median",
+    "random",
+)
 
 
-def test_every_importance_pass_is_a_method_that_is_tested_here() -> None:
-    assert set(METHODS) == set(registry.methods())
+def test_every_method_that_scores_is_tested_here() -> None:
+    scoring = {name for name in registry.methods() if not registry.load(name).chooses}
+    assert scoring == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -199,3 +210,58 @@ def test_sum_over_places_adds_up(program: Program, groups: DependencyGroups) -> 
     assert (values[group.channels] == len(group.places)).all()
     nothing = sum_over_places(program, groups, lambda place, tensor: None)
     assert not nothing.any()
+
+
+def test_wanda_weighs_columns_with_what_they_read(
+    program: Program, groups: DependencyGroups, data: DataSource
+) -> None:
+    scores = score("wanda{num_samples=128}", program, data)
+    modules = dict(program.module.named_modules())
+    images = torch.cat([inputs for inputs, _ in data.train(64, seed=0, limit=128)])
+    with torch.inference_mode():
+        read = F.relu(modules["bn1"](modules["conv1"](images)))
+    patches = F.unfold(read, 3, padding=1).double().transpose(0, 1).flatten(1)
+    rms = patches.square().mean(1).sqrt().view(6, 9)
+    weight = program.module.get_parameter("conv2.weight").detach().double()
+    expected = (weight.abs().sum(0).flatten(1) * rms).sum(1)
+    assert np.allclose(at(scores, groups, "conv1.weight"), expected.numpy(), rtol=1e-4)
+
+
+def test_fisher_squares_before_it_averages(
+    program: Program, groups: DependencyGroups, data: DataSource
+) -> None:
+    scores = score("fisher{num_samples=8}", program, data)
+    clone = program.clone()
+    expected = np.zeros(6)
+    for inputs, label in data.train(1, seed=0, limit=8):
+        clone.module.zero_grad()
+        F.cross_entropy(clone.module(inputs), label).backward()
+        products = {
+            n: p.detach() * p.grad for n, p in clone.module.named_parameters() if p.grad is not None
+        }
+        change = products["conv1.weight"].sum((1, 2, 3)) + products["conv1.bias"]
+        change = change + products["bn1.weight"] + products["bn1.bias"]
+        change = change + products["conv2.weight"].sum((0, 2, 3))
+        expected += change.double().numpy() ** 2 / 16
+    assert np.allclose(at(scores, groups, "conv1.weight"), expected, rtol=1e-4)
+
+
+def test_lamp_compares_with_what_is_left(program: Program, groups: DependencyGroups) -> None:
+    squares = at(score("magnitude", program), groups, "conv1.weight")
+    values = at(score("lamp", program), groups, "conv1.weight")
+    expected = [s / squares[squares >= s].sum() for s in squares]
+    assert np.allclose(values, expected, rtol=1e-6)
+    assert values.max() == 1.0
+
+
+def test_the_filter_in_the_middle_goes_first() -> None:
+    first = nn.Conv2d(1, 4, 3, bias=False)
+    with torch.no_grad():
+        for row, value in enumerate((-2.0, 0.1, 1.0, 4.0)):
+            first.weight[row] = value
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 2, 1))
+    program = gp.capture(model.eval(), torch.randn(1, 1, 8, 8))
+    values = at(score("geometric-median", program), analyze(program), "0.weight")
+    distances = [3 * sum(abs(a - b) for b in (-2.0, 0.1, 1.0, 4.0)) for a in (-2.0, 0.1, 1.0, 4.0)]
+    assert np.allclose(values, distances, rtol=1e-6)
+    assert int(np.argmin(values)) in (1, 2)

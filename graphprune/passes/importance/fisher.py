@@ -1,0 +1,68 @@
+"""Fisher: the second-order change of the loss when a channel's weights vanish, from gradients of single samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from graphprune.errors import DataError
+from graphprune.groups import DependencyGroups, Place
+from graphprune.pipeline import Context, Facts, Pass
+from graphprune.program import Program
+from graphprune.scores import Scores, along, sum_over_places
+
+__all__ = ["Fisher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fisher(Pass):
+    """Score a channel by the empirical Fisher information of a gate on its weights.
+
+        score_c = 1/2 * mean over samples n of  (sum over the channel's weights of  w * dL_n/dw)^2
+
+    In contrast to `taylor`, gradients of different samples cannot cancel out.
+
+    Source: Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning", with a gate on a coupled
+    channel's weights in the place of one on its activation: our reconstruction.
+    """
+
+    name: ClassVar[str] = "fisher"
+    requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
+    is_method: ClassVar[bool] = True
+
+    num_samples: int = 256
+    """How many training samples to take gradients of, one at a time."""
+
+    def run(self, program: Program, context: Context) -> Scores:
+        """Square and average the gradients and return the scores."""
+        groups = context.need(DependencyGroups)
+        if context.data is None:
+            raise DataError(
+                f"method {self.name} expected labelled training data, found none; give data= or --data"
+            )
+        clone = program.clone()
+        module = clone.module.to(context.device).requires_grad_(True)
+        loader = context.data.train(1, seed=context.seed, limit=self.num_samples)
+        values = np.zeros(groups.num_channels)
+
+        def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
+            if not isinstance(tensor, nn.Parameter) or tensor.grad is None:
+                return None
+            return along(tensor.detach() * tensor.grad, place.dim)
+
+        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as task:
+            for inputs, labels in loader:
+                module.zero_grad()
+                outputs = tree_leaves(module(inputs.to(context.device)))
+                logits = next(t for t in outputs if isinstance(t, Tensor))
+                F.cross_entropy(logits, labels.to(context.device)).backward()
+                values += sum_over_places(clone, groups, measure) ** 2
+                task.advance()
+        return Scores(values=values / (2 * max(1, len(loader))), method=self.spec())

@@ -1,0 +1,72 @@
+"""Wanda: weights times the size of what they read, on real data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from graphprune.calibration import collect
+from graphprune.errors import DataError
+from graphprune.groups import DependencyGroups, Place
+from graphprune.layers import layers
+from graphprune.pipeline import Context, Facts, Pass
+from graphprune.program import Program
+from graphprune.scores import Scores
+
+__all__ = ["Wanda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(Pass):
+    """Score a channel by the weights of the layers that read it, each times the root mean square of its input.
+
+        score_c = sum over layers that read c, over the columns j of c, of  sum_i |W_ij| * rms(y_j)
+
+    Channels that no linear or convolution layer sums over score nothing by themselves. Labels are not looked at.
+
+    Source: Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models", equation 1; the sum
+    over a channel's weights is our reconstruction.
+    """
+
+    name: ClassVar[str] = "wanda"
+    requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
+    is_method: ClassVar[bool] = True
+
+    num_samples: int = 512
+    """How many training samples to run."""
+    batch_size: int = 64
+    """Samples in a batch."""
+
+    def run(self, program: Program, context: Context) -> Scores:
+        """Run the data through the program and return the scores."""
+        groups = context.need(DependencyGroups)
+        if context.data is None:
+            raise DataError(
+                f"method {self.name} expected training data, found none; give data= or --data"
+            )
+        tensors = dict(program.named_tensors())
+        readers = {
+            layer.node: layer
+            for layer in layers(program)
+            if layer.groups == 1 and Place(layer.weight, 1) in groups.places
+        }
+        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
+        with context.progress.task("second moments", total=len(loader)) as task:
+
+            def batches() -> Iterator[Tensor]:
+                for inputs, _ in loader:
+                    yield inputs
+                    task.advance()
+
+            moments = collect(program, batches(), list(readers), device=context.device, bias=False)
+        values = np.zeros(groups.num_channels)
+        for node, layer in readers.items():
+            weight = tensors[layer.weight].detach().abs().double()
+            rms = moments[node].gram[0].diagonal().clamp(min=0).sqrt()
+            columns = (weight.flatten(1).sum(0).cpu() * rms).view(weight.shape[1], -1).sum(1)
+            np.add.at(values, groups.channels_of(Place(layer.weight, 1)), columns.numpy())
+        return Scores(values=values, method=self.spec())
