@@ -21,20 +21,28 @@ __all__ = [
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (option A: stride, then pad channels with zeros)."""
+    """Two 3x3 convolutions and a shortcut: stride, then pad channels with zeros (option A), or project (option B)."""
 
-    def __init__(self, in_planes: int, planes: int, *, stride: int) -> None:
+    def __init__(
+        self, in_planes: int, planes: int, *, stride: int, projected: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.pad = planes // 4 if stride != 1 or in_planes != planes else None
+        self.downsample: nn.Module | None = None
+        if projected and self.pad is not None:
+            conv = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.pad is None:
+        if self.downsample is not None:
+            out += self.downsample(x)
+        elif self.pad is None:
             out += x
         else:
             out += F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad), "constant", 0)
@@ -44,8 +52,11 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet for 32x32 images; parameter names are those of github.com/akamaster/pytorch_resnet_cifar10."""
 
-    def __init__(self, blocks: tuple[int, int, int], *, num_classes: int = 10) -> None:
+    def __init__(
+        self, blocks: tuple[int, int, int], *, num_classes: int = 10, projected: bool = False
+    ) -> None:
         super().__init__()
+        self.projected = projected
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = self._layer(16, 16, blocks[0], stride=1)
@@ -53,9 +64,8 @@ class CifarResNet(nn.Module):
         self.layer3 = self._layer(32, 64, blocks[2], stride=2)
         self.linear = nn.Linear(64, num_classes)
 
-    @staticmethod
-    def _layer(in_planes: int, planes: int, num_blocks: int, *, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_planes, planes, stride=stride)
+    def _layer(self, in_planes: int, planes: int, num_blocks: int, *, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_planes, planes, stride=stride, projected=self.projected)
         return nn.Sequential(
             first, *(BasicBlock(planes, planes, stride=1) for _ in range(num_blocks - 1))
         )

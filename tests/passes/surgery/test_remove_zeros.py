@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graphprune import registry
@@ -12,7 +15,7 @@ from graphprune.groups import analyze
 from graphprune.pipeline import Context, Pipeline, PipelineResult, SurgeryResult
 from graphprune.program import Program
 from tests.exactness import capture_as, outputs_of
-from tests.models import resnet20, tiny_transformer
+from tests.models import CifarResNet, resnet20, tiny_transformer
 
 
 class _Net(nn.Module):
@@ -165,3 +168,23 @@ def test_the_input_stays_as_it_was() -> None:
     assert result.modified
     assert str(program) == text
     assert result.program.history == ("remove-zeros: 1 channels",)
+
+
+def test_a_network_trained_with_group_lasso_shrinks_and_answers_the_same(
+    shared_data: Path,
+) -> None:
+    """69 input channels of its second convolutions are exactly zero."""
+    path = shared_data / "weights" / "resnet20proj_cifar10_ssl_zeroed.safetensors"
+    state = {name.replace("fc.", "linear."): t for name, t in load_file(path).items()}
+    model = CifarResNet((3, 3, 3), projected=True)
+    model.load_state_dict(state)
+    result = _run(capture(model.eval(), torch.randn(1, 3, 32, 32)))
+    assert result.checks["surgery"].passed
+    assert result.removed.channels == 69
+    assert sum(p.numel() for p in model.parameters()) == 272_474
+    assert sum(p.numel() for p in result.program.module.parameters()) == 229_280
+    images = torch.randn(8, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            result.program.module(images), model(images), rtol=1e-4, atol=1e-4
+        )
