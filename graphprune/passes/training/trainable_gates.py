@@ -1,0 +1,210 @@
+"""Trainable gates: channels get gates, gates and weights are trained together, and what is shut in the end goes.
+
+Source: Kim et al. 2019, "Plug-in, Trainable Gate for Streamlining Arbitrary Neural Networks" (arXiv 1904.10921; the
+first version was called "Differentiable Pruning Method for Neural Networks").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from graphprune.budget import parse_round_to, parse_target
+from graphprune.cost import Cost
+from graphprune.errors import DataError, PassError, UsageError
+from graphprune.gate_training import GateHook
+from graphprune.gates import SHAPES, Shape
+from graphprune.gating import Gated, insert_gates
+from graphprune.groups import DependencyGroups
+from graphprune.outcome import Kept
+from graphprune.passes.importance.magnitude import Magnitude
+from graphprune.pipeline import Context, Facts, Pass, TrainingResult
+from graphprune.plan import Plan
+from graphprune.program import Program
+from graphprune.training import Outcome, Recipe, Trainer, load_task
+from graphprune.training.batches import Augment
+from graphprune.training.metrics import publish
+from graphprune.training.processes import Precision
+from graphprune.units import parse_granularity
+
+__all__ = ["TrainableGates"]
+
+DISTILL = 0.5
+"""Share of the loss that asks for the dense program's logits, where the task is a classification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableGates(Pass):
+    """Train weights together with a gate per channel under a budget, and remove what is shut in the end.
+
+    The graph stays as it is; the plan that comes with it removes the channels. Whatever the gates do, the plan meets
+    the target; how far they were from it by themselves is in the metrics.
+    """
+
+    name: ClassVar[str] = "trainable-gates"
+    requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
+    is_method: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
+
+    target: str = "macs=0.5"
+    """Limits such as ``macs=0.5``, ``params=5M`` or both, or ``ratio=0.3`` of every group."""
+    granularity: str = "channels"
+    """What may go: ``channels``, ``heads``, or both with a comma."""
+    round_to: str = "auto"
+    """As for choose-channels."""
+    epochs: int = 20
+    """Passes over the training set."""
+    frozen: float = 0.4
+    """Part of them, at the end, in which the gates stand still and the weights follow."""
+    shape: Shape = "one"
+    """How a gate's gradient depends on its distance from the step."""
+    gate_lr: float | None = None
+    """Step of the gates; none: from the length of the training."""
+    penalty: float = 1.0
+    """Factor of the pressure towards the target."""
+    lr: float | None = None
+    """Learning rate of the weights; none: 0.02 for sgd, torch's own default for others."""
+    optimizer: str = "sgd"
+    """A class of torch.optim, with options in braces: "adamw{betas=(0.9,0.95)}"."""
+    schedule: str = "cosine"
+    """cosine or constant, both with warmup=EPOCHS in braces, or a class of torch.optim.lr_scheduler."""
+    weight_decay: float = 5e-4
+    """Weight decay of everything but biases and norms."""
+    batch_size: int = 128
+    """Samples in a batch, over all processes."""
+    distill: float | None = None
+    """Share of the loss that asks for the dense program's logits; none: 0.5 for a classification, else 0."""
+    temperature: float = 4.0
+    """Temperature at which logits are compared."""
+    clip: float = 0.0
+    """Largest norm of all gradients of weights together; 0: no limit."""
+    augment: Augment = "auto"
+    """How training images are varied; auto: crop-flip for small colour images, else none."""
+    precision: Precision = "auto"
+    """What to compute in; auto: bfloat16 where the device is fast in it."""
+    task: str = ""
+    """package.module:factory of a graphprune.training.Task; empty: classification by cross-entropy."""
+    workers: int = 0
+    """Processes that load data; 0: none besides the training process."""
+    checkpoint_seconds: float = 60.0
+    """How often the state is kept between the ends of epochs."""
+
+    def run(self, program: Program, context: Context) -> TrainingResult:
+        """Train a clone with gates, and return it without them, with the plan that removes what is shut."""
+        self._check()
+        if context.data is None:
+            raise DataError(f"{self.name} expected training data, found none; give data= or --data")
+        groups = context.need(DependencyGroups)
+        target, granularity = parse_target(self.target), parse_granularity(self.granularity)
+        gated = insert_gates(
+            program,
+            groups,
+            Magnitude().run(program, context),
+            granularity=granularity,
+            shape=self.shape,
+        )
+        if not len(gated.units):
+            why = f"; {gated.kept[0].what}: {gated.kept[0].why}" if gated.kept else ""
+            raise PassError(f"{self.name} found nothing that a gate could remove{why}")
+        hook = GateHook(
+            gated,
+            target,
+            granularity=granularity,
+            round_to=parse_round_to(self.round_to),
+            lr=self.gate_lr,
+            penalty=self.penalty,
+            frozen=self.frozen,
+        )
+        outcome = self._train(gated, hook, context)
+        choice = hook.freeze()
+        trained = program.clone()
+        gated.to_original(trained)
+        plan = Plan.of(
+            program,
+            groups,
+            choice.keep,
+            method=self.name,
+            target=self.target,
+            seed=context.seed,
+            heads=choice.heads,
+        )
+        dense = groups.cost.total()
+        return TrainingResult(
+            program=trained,
+            modified=True,
+            metrics=self._metrics(outcome, hook.own_cost, choice.cost, dense),
+            facts=(groups, plan),
+            kept=(*gated.kept, *self._distance(hook.own_cost, choice.cost, dense)),
+        )
+
+    def _check(self) -> None:
+        parse_target(self.target)
+        if self.shape not in SHAPES:
+            raise UsageError(
+                f"expected shape to be one of {', '.join(SHAPES)}, found {self.shape!r}"
+            )
+        if not 0 <= self.frozen < 1 or not 0 < self.penalty < math.inf:
+            raise UsageError(
+                "expected frozen from 0 to less than 1 and a positive penalty, "
+                f"found frozen={self.frozen:g} penalty={self.penalty:g}"
+            )
+        if self.gate_lr is not None and not 0 < self.gate_lr < math.inf:
+            raise UsageError(f"expected gate_lr to be positive, found {self.gate_lr:g}")
+
+    def _train(self, gated: Gated, hook: GateHook, context: Context) -> Outcome:
+        task = load_task(self.task)
+        distill = self.distill
+        if distill is None:
+            distill = DISTILL if task.is_classification or task.distill is not None else 0.0
+        own = {field.name for field in fields(self)}
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields(Recipe) if field.name in own
+        }
+        assert context.data is not None
+        trainer = Trainer(
+            program=gated.program,
+            recipe=Recipe(**{**values, "distill": distill}),
+            data=context.data,
+            task=task,
+            teacher=context.dense if distill else None,
+            hooks=[hook],
+            device=context.device,
+            seed=context.seed,
+            progress=context.progress,
+            checkpoint=context.checkpoint,
+            resume=context.resume,
+            name=self.spec(),
+        )
+        outcome = trainer.fit()
+        publish(outcome.history, out=context.out, checkpoint=context.checkpoint)
+        return outcome
+
+    def _metrics(self, outcome: Outcome, own: Cost, chosen: Cost, dense: Cost) -> dict[str, float]:
+        last = {
+            f"{self.name}.{key}": float(value)
+            for key, value in outcome.last.items()
+            if isinstance(value, (int, float))
+        }
+        return last | {
+            f"{self.name}.own_macs": own.macs / max(1, dense.macs),
+            f"{self.name}.own_params": own.params / max(1, dense.params),
+            f"{self.name}.chosen_macs": chosen.macs / max(1, dense.macs),
+            f"{self.name}.chosen_params": chosen.params / max(1, dense.params),
+        }
+
+    def _distance(self, own: Cost, chosen: Cost, dense: Cost) -> tuple[Kept, ...]:
+        """Say so where the gates did not come within 1 % of the target by themselves."""
+        macs = (own.macs - chosen.macs) / max(1, dense.macs)
+        params = (own.params - chosen.params) / max(1, dense.params)
+        if max(abs(macs), abs(params)) <= 0.01:
+            return ()
+        return (
+            Kept(
+                "gates",
+                f"by themselves they came to {own.macs / max(1, dense.macs):.1%} of the MACs and "
+                f"{own.params / max(1, dense.params):.1%} of the parameters; the choice under target "
+                f"{self.target!r} and round_to={self.round_to} has {chosen.macs / max(1, dense.macs):.1%} "
+                f"and {chosen.params / max(1, dense.params):.1%}",
+            ),
+        )
