@@ -27,18 +27,18 @@ from torch import Tensor, nn
 
 from graphprune.budget import Choice, Target, choose
 from graphprune.cost import Cost, Keep
-from graphprune.gates import LIMIT, GateCost
+from graphprune.gates import LIMIT, GateCost, Gates
 from graphprune.gating import Gated
 from graphprune.training import Hook, Moment
 from graphprune.units import Granularity
 
-__all__ = ["Budget", "GateHook"]
+__all__ = ["Axes", "Budget", "GateHook"]
 
 RAMP = 0.7
 """Part of the time with free gates in which the goal falls to the limit."""
-PROPORTIONAL = 4.0
+PROPORTIONAL = 10.0
 """Pressure for a distance of the whole way, in multiples of the task's gradients."""
-INTEGRAL = 60.0
+INTEGRAL = 20.0
 """Pressure that such a distance adds in the whole time with free gates."""
 CROSSINGS = 12.0
 """A gate that is pushed one way all the time goes this many times from the middle to the end of its range."""
@@ -127,7 +127,7 @@ class GateHook(Hook):
         self.penalty = penalty
         self.frozen = frozen
         self.budget = Budget(gated, target)
-        self.axes = _Axes(gated)
+        self.axes = Axes(gated)
         weight = self.gates.weight.detach()
         self.order = weight.clone()
         self.moments = torch.zeros(2, len(weight), dtype=torch.float64)
@@ -294,13 +294,14 @@ class GateHook(Hook):
         return first
 
 
-class _Axes(nn.Module):
+class Axes(nn.Module):
     """The labelled dimensions of all tensors: at least one channel of each stays open."""
 
     channels: Tensor
     axis_of: Tensor
 
     def __init__(self, gated: Gated) -> None:
+        """Take the dimensions from the analysis."""
         super().__init__()
         axes = gated.groups.axes
         none = np.zeros(0, np.int64)
@@ -311,7 +312,7 @@ class _Axes(nn.Module):
         )
 
     @torch.no_grad()
-    def open_one(self, gates: Any) -> None:
+    def open_one(self, gates: Gates) -> None:
         """Open the best unit of every dimension that has none open."""
         level = gates.levels()[self.channels]
         best = level.new_full((self.number,), -torch.inf)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 __all__ = ["branches", "depthwise", "residual", "transformer"]
 
 
-def _conv(ins: int, outs: int, size: int = 3, **options: int) -> nn.Sequential:
+def _conv(ins: int, outs: int, size: int = 3, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(ins, outs, size, padding=size // 2, bias=False, **options),
+        nn.Conv2d(ins, outs, size, stride, size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outs),
         nn.ReLU(inplace=True),
     )

@@ -14,6 +14,7 @@ from graphprune.budget import choose, parse_target
 from graphprune.cost import Keep
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError
+from graphprune.gate_training import Axes
 from graphprune.gates import LIMIT, SHAPES, GateCost, Shape, trainable_gate
 from graphprune.gating import PREFIX, Gated, insert_gates
 from graphprune.groups import DependencyGroups, analyze
@@ -144,3 +145,142 @@ def test_gates_of_the_fx_dialect_are_the_cut(recipe: Recipe, seed: int, target: 
 @given(recipe=recipes(most=4), seed=st.integers(0, 9))
 def test_gates_of_the_export_dialect_are_the_cut(recipe: Recipe, seed: int) -> None:
     assert_random_cut(recipe, seed, "ratio=0.5", "export")
+
+
+NETWORKS = {
+    "residual": (gate_networks.residual, (2, 1, 8, 8)),
+    "concatenation": (gate_networks.branches, (2, 1, 8, 8)),
+    "depthwise": (gate_networks.depthwise, (2, 1, 8, 8)),
+    "transformer": (gate_networks.transformer, (2, 1, 8, 8)),
+    "dense": (tiny_dense, (2, 3, 16, 16)),
+    "excite": (tiny_mobile, (2, 3, 16, 16)),
+    "vision transformer": (tiny_transformer, (2, 3, 16, 16)),
+}
+
+
+def random_removal(groups: DependencyGroups, gated: Gated, seed: int) -> np.ndarray:
+    """Return which units go: some of them, in a way that surgery can carry out."""
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        removed = rng.random(len(gated.units)) < 0.4
+        keep = groups.close(gated.units.without(removed, groups.num_channels))
+        if not groups.violations(keep):
+            return removed
+    raise AssertionError("no choice of units can be carried out")
+
+
+def train_two_steps(gated: Gated) -> None:
+    """Change every weight, the running statistics and the gates, as a training does."""
+    form = training_form(gated.program).train()
+    optimizer = torch.optim.SGD(form.parameters(), lr=0.02)
+    for step in range(2):
+        inputs = gated.program.batch(8, seed=step, dtype=torch.float64)
+        form(*inputs).square().mean().backward()
+        assert gated.gates.weight.grad is not None
+        assert gated.gates.weight.grad.abs().max() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    for module in gated.program.module.modules():
+        module.training = False
+
+
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gates_at_zero_are_the_cut_before_and_after_training(name: str, dialect: str) -> None:
+    make, size = NETWORKS[name]
+    program = doubled(capture_as(make(), torch.randn(size), dialect))
+    text = str(program)
+    groups = analyze(program)
+    is_transformer = "transformer" in name
+    granularity: tuple[Granularity, ...] = (
+        ("channels", "heads") if is_transformer else ("channels",)
+    )
+    gated = gate(program, groups, granularity=granularity)
+    assert gated.kept == ()
+    assert gated.units.is_head.any() == is_transformer
+    inputs = program.batch(3, dtype=torch.float64)
+    assert_equal(outputs(program.module, inputs), outputs(gated.program.module, inputs))
+    for seed in range(2):
+        removed = random_removal(groups, gated, seed)
+        keep = groups.close(gated.units.without(removed, groups.num_channels))
+        with torch.no_grad():
+            gated.gates.weight.copy_(torch.from_numpy(np.where(removed, -0.1, 0.1)))
+        assert torch.equal(gated.gates() > 0, torch.from_numpy(keep))
+        cut = cut_program(program, groups, keep).program
+        assert_equal(outputs(cut.module, inputs), outputs(gated.program.module, inputs))
+        assert str(program) == text
+        if seed == 0:
+            train_two_steps(gated)
+            gated.to_original(program)
+            assert_gates_of_program_are(program, gated)
+
+
+def assert_gates_of_program_are(program: Program, gated: Gated) -> None:
+    """Check that a program has the values of its gated form, under the same names."""
+    mine = dict(gated.program.named_tensors())
+    assert {n for n in mine if not n.startswith(PREFIX)} == {n for n, _ in program.named_tensors()}
+    assert all(torch.equal(t, mine[n]) for n, t in program.named_tensors())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_cost_in_gates_is_the_cost_of_the_choice(name: str) -> None:
+    make, size = NETWORKS[name]
+    program = capture_as(make(), torch.randn(size), "fx")
+    groups = analyze(program)
+    gated = gate(program, groups)
+    cost = GateCost(groups.cost)
+    gates = gated.gates()
+    dense = groups.cost.total()
+    assert cost.macs(gates).item() == pytest.approx(1.0)
+    assert cost.params(gates).item() == pytest.approx(1.0)
+    keep = groups.close(gated.units.without(random_removal(groups, gated, 3), groups.num_channels))
+    left = groups.cost.total(keep)
+    chosen = torch.from_numpy(keep).double().requires_grad_()
+    assert cost.macs(chosen).item() == pytest.approx(left.macs / dense.macs)
+    assert cost.params(chosen).item() == pytest.approx(left.params / dense.params)
+    cost.macs(gates).backward()
+    assert gated.gates.weight.grad is not None
+    _, saved = groups.cost.saved()
+    per_unit = np.bincount(
+        gated.units.owner, weights=saved[gated.units.channels], minlength=len(gated.units)
+    )
+    expected = torch.from_numpy(per_unit / dense.macs).to(gated.gates.weight.dtype)
+    torch.testing.assert_close(gated.gates.weight.grad, expected)
+
+
+class _Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.mix = nn.Parameter(torch.randn(8, 5))
+        self.last = nn.Linear(5, 3)
+        self.other = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.einsum("bi,ij->bj", self.first(x).relu(), self.mix)
+        out: Tensor = self.last(mixed) + self.other(self.second(x))
+        return out
+
+
+def test_what_cannot_be_gated_stays_and_says_why() -> None:
+    program = capture_as(_Einsum().eval(), torch.randn(2, 6), "fx")
+    groups = analyze(program)
+    gated = gate(program, groups)
+    (kept,) = gated.kept
+    assert kept.what == "first.weight[0] (8 channels)"
+    assert "at node einsum sums over it, in a way that no gate can stand for" in kept.why
+    names = {gated.groups[int(g)].name for g in gated.units.group}
+    assert names == {"mix[1]", "second.weight[0]"}
+    assert len(gated.units) == 5 + 8
+
+
+def test_an_axis_never_closes() -> None:
+    program = capture_as(gate_networks.residual(), torch.randn(2, 1, 8, 8), "fx")
+    groups = analyze(program)
+    gated = gate(program, groups)
+    with torch.no_grad():
+        gated.gates.weight.copy_(-0.1 - 0.001 * torch.arange(len(gated.units)))
+    Axes(gated).open_one(gated.gates)
+    keep = groups.close(gated.gates().detach().numpy() > 0)
+    assert groups.violations(keep) == []
+    assert int((gated.gates.weight >= 0).sum()) == len(np.unique(gated.units.group))
