@@ -36,7 +36,7 @@ __all__ = ["Axes", "Budget", "GateHook"]
 
 RAMP = 0.7
 """Part of the time with free gates in which the goal falls to the limit."""
-PROPORTIONAL = 10.0
+PROPORTIONAL = 6.0
 """Pressure for a distance of the whole way, in multiples of the task's gradients."""
 INTEGRAL = 20.0
 """Pressure that such a distance adds in the whole time with free gates."""
