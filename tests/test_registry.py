@@ -40,9 +40,12 @@ def test_every_file_in_passes_is_registered() -> None:
     assert files == {registry.load(name).__module__ for name in registry.names()}
 
 
-def test_methods_are_the_importance_passes() -> None:
-    assert set(registry.methods()) == {"activation", "bn-scale", "magnitude", "random", "taylor"}
-    assert {registry.info(name).kind for name in registry.methods()} == {"importance"}
+def test_methods_score_channels_or_choose_them() -> None:
+    infos = [registry.info(name) for name in registry.methods()]
+    assert {"magnitude", "taylor", "random"} < {i.name for i in infos if i.kind == "importance"}
+    chooses = {i.name for i in infos if i.cls.chooses}
+    assert chooses == {"obs", "trainable-gates"}
+    assert {i.name for i in infos if i.kind == "training"} == chooses
 
 
 def test_an_unknown_name_is_answered_with_close_ones() -> None:
