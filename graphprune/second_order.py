@@ -44,7 +44,7 @@ __all__ = [
     "woodbury_inverse",
 ]
 
-STEPS = 64
+STEPS = 16
 """Weights of a wide row go several at a time, so that they are scored again about this often while half of them go."""
 
 _CELLS = 1 << 22
