@@ -110,7 +110,7 @@ class Images:
     def __init__(
         self, source: DataSource, *, device: str = "cpu", limit: int | None = None
     ) -> None:
-        """Read `source` whole, or `limit` images of each split."""
+        """Read all of `source`, or `limit` images of each split."""
         images, labels = self._read(source, "train", limit)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         held = min(HELD_OUT, len(order) // 10)
@@ -399,6 +399,7 @@ def _runs(
     iterations: tuple[int, ...],
     *,
     lr: float,
+    iterative_lr: float = 0.0,
     batch: int,
 ) -> tuple[Run, ...]:
     """Return one-shot runs of all methods at equal shares, and the iterative form where there are stages."""
@@ -429,7 +430,7 @@ def _runs(
                 label="L-OBS, iterative",
                 stages=tuple(stages),
                 iterations=iterations,
-                lr=lr,
+                lr=iterative_lr or lr,
                 batch=batch,
                 inputs="pruned",
             )
@@ -460,7 +461,8 @@ RECIPES: dict[str, Recipe] = {
                 {"fc1": 0.0108, "fc2": 0.038, "fc3": 0.3},
             ),
             (60, 60, 60, 60, 270),
-            lr=0.6,
+            lr=0.1,
+            iterative_lr=0.6,
             batch=1024,
         ),
     ),
