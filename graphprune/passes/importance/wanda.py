@@ -9,13 +9,13 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from graphprune.calibration import collect
 from graphprune.errors import DataError
 from graphprune.groups import DependencyGroups, Place
-from graphprune.layers import layers
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores
+from graphprune.second_order.calibration import collect
+from graphprune.second_order.layers import layers
 
 __all__ = ["Wanda"]
 

@@ -24,11 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graphprune.cut import cut_program
 from graphprune.groups import DependencyGroups, Place
 from graphprune.labels.trace import Consumer
-from graphprune.layers import Layer, layers
 from graphprune.outcome import Kept
 from graphprune.pipeline import Context, Facts, Pass, SurgeryResult
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.second_order.layers import Layer, layers
 
 __all__ = ["RemoveZeros"]
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphprune.chain import bound_of
 from graphprune.errors import DataError, UsageError
-from graphprune.layers import layers
-from graphprune.layerwise import Amount, LayerOutcome, counts_for, prune_layers
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
+from graphprune.second_order.chain import bound_of
+from graphprune.second_order.layers import layers
+from graphprune.second_order.layerwise import Amount, LayerOutcome, counts_for, prune_layers
 
 __all__ = ["LayerwiseObs"]
 

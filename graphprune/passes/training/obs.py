@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from graphprune.allocation import Levels, allocate
 from graphprune.budget import AUTO_STEPS, limits_room, parse_round_to, parse_target, unreachable
-from graphprune.calibration import Moments, collect
 from graphprune.cost import Keep
 from graphprune.errors import DataError, PassError, TargetError
 from graphprune.groups import DependencyGroups
-from graphprune.layers import Layer
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.readers import UnitGroup, columns_of, unit_groups
-from graphprune.side_by_side import walk
-from graphprune.structured_obs import Removal, refit, removal_order
+from graphprune.second_order.allocation import Levels, allocate
+from graphprune.second_order.calibration import Moments, collect
+from graphprune.second_order.channels import Removal, refit, removal_order
+from graphprune.second_order.layers import Layer
+from graphprune.second_order.readers import UnitGroup, columns_of, unit_groups
+from graphprune.second_order.side_by_side import walk
 from graphprune.units import Units, find_units, parse_granularity
 
 __all__ = ["StructuredObs"]

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from graphprune.budget import parse_round_to, parse_target
 from graphprune.cost import Cost
 from graphprune.errors import DataError, PassError, UsageError
-from graphprune.gate_training import GateHook
-from graphprune.gates import SHAPES, Shape
-from graphprune.gating import Gated, insert_gates
+from graphprune.gates.function import SHAPES, Shape
+from graphprune.gates.insertion import Gated, insert_gates
+from graphprune.gates.training import GateHook
 from graphprune.groups import DependencyGroups
 from graphprune.outcome import Kept
 from graphprune.passes.importance.magnitude import Magnitude

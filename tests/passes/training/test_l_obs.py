@@ -12,13 +12,13 @@ from torch.utils.data import TensorDataset
 
 from graphprune import registry
 from graphprune.capture import capture
-from graphprune.chain import chain_of
 from graphprune.data import DataSource
 from graphprune.errors import DataError, PassError, UsageError
-from graphprune.layers import layers
-from graphprune.layerwise import Amount, prune_layers
 from graphprune.pipeline import Context, Pipeline, TrainingResult
 from graphprune.program import Program
+from graphprune.second_order.chain import chain_of
+from graphprune.second_order.layers import layers
+from graphprune.second_order.layerwise import Amount, prune_layers
 from tests.exactness import capture_as
 from tests.models import resnet20
 

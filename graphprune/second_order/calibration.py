@@ -1,14 +1,14 @@
 """Calibration: second moments of what flows into each linear and convolution layer, from one pass over data.
 
-A layer computes ``z = W y`` for every sample ``y`` of its input (`graphprune.layers`). All that layer-wise second-order
-pruning needs of the data is, per convolution group,
+A layer computes ``z = W y`` for every sample ``y`` of its input (`graphprune.second_order.layers`). All that
+layer-wise second-order pruning needs of the data is, per convolution group,
 
     gram  = (1/n) sum_j y_j y_j^T                 cross = (1/n) sum_j ydense_j y_j^T
 
 where ``y`` ends in a constant 1 for a layer with a bias. Batches are streamed once: a sum over a chunk of patches is
 taken in the precision of the activations (float32; float64 for a program of doubles), and chunks are added up in
 float64. Nothing else is kept, and the graph runs no further than the last layer that is asked for.
-The overlapping patches of a convolution of stride 1 are not even written down (`graphprune.shifted`).
+The overlapping patches of a convolution of stride 1 are not even written down (`graphprune.second_order.shifted`).
 
 Source: Dong, Chen and Pan 2017, "Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon", section
 3.3: one matrix Psi per layer serves every output unit, and each patch of a convolution is one sample.
@@ -27,9 +27,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from graphprune.errors import DataError, PassError
-from graphprune.layers import Layer, layers, padded, patches, unfold
 from graphprune.program import Program
-from graphprune.shifted import ShiftedProducts, pays_off
+from graphprune.second_order.layers import Layer, layers, padded, patches, unfold
+from graphprune.second_order.shifted import ShiftedProducts, pays_off
 
 __all__ = ["Layer", "MomentSum", "Moments", "collect", "layers", "unfold"]
 

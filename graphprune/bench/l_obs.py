@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from graphprune.capture import capture
 from graphprune.data import DataSource, Split
-from graphprune.layers import layers
-from graphprune.layerwise import Amount, Update, prune_layers
 from graphprune.program import Program
+from graphprune.second_order.layers import layers
+from graphprune.second_order.layerwise import Amount, Update, prune_layers
 
 __all__ = [
     "RECIPES",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 Method = Literal["random", "magnitude", "obd", "static", "refit", "exact"]
-"""How weights are chosen; the last three are the ways of `graphprune.layerwise`."""
+"""How weights are chosen; the last three are the ways of `graphprune.second_order.layerwise`."""
 
 HELD_OUT = 5000
 """Training images that no network sees: choices are made on them."""

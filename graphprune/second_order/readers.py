@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from graphprune.groups import DependencyGroups, Place
-from graphprune.layers import Layer, layers
 from graphprune.outcome import Kept
 from graphprune.program import Program
+from graphprune.second_order.layers import Layer, layers
 from graphprune.units import Units
 
 __all__ = ["Reader", "UnitGroup", "columns_of", "unit_groups"]

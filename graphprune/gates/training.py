@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from graphprune.budget import Choice, Target, choose
 from graphprune.cost import Cost, Keep
-from graphprune.gates import LIMIT, GateCost, Gates
-from graphprune.gating import Gated
+from graphprune.gates.function import LIMIT, GateCost, Gates
+from graphprune.gates.insertion import Gated
 from graphprune.training import Hook, Moment
 from graphprune.units import Granularity
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphprune import second_order
 from graphprune.errors import PassError
-from graphprune.second_order import (
+from graphprune.second_order import weights as second_order
+from graphprune.second_order.weights import (
     adapt,
     chosen,
     damped,

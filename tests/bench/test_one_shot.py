@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphprune.bench_one_shot import Row, Start, methods, run_row, to_markdown
+from graphprune.bench.one_shot import Row, Start, methods, run_row, to_markdown
 from graphprune.data import load_data
 from graphprune.demo import train_digits
 from graphprune.errors import UsageError

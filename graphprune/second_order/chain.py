@@ -16,10 +16,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from graphprune.layers import Layer, layers
-from graphprune.layerwise import LayerOutcome
 from graphprune.program import Program
-from graphprune.second_order import error_bound
+from graphprune.second_order.layers import Layer, layers
+from graphprune.second_order.layerwise import LayerOutcome
+from graphprune.second_order.weights import error_bound
 
 __all__ = ["bound_of", "chain_of"]
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.calibration import Moments, collect
-from graphprune.layers import Layer
 from graphprune.program import Program
-from graphprune.readers import Reader, UnitGroup, columns_of, unit_groups
-from graphprune.side_by_side import walk
-from graphprune.structured_obs import refit, removal_order
+from graphprune.second_order.calibration import Moments, collect
+from graphprune.second_order.channels import refit, removal_order
+from graphprune.second_order.layers import Layer
+from graphprune.second_order.readers import Reader, UnitGroup, columns_of, unit_groups
+from graphprune.second_order.side_by_side import walk
 from graphprune.units import find_units
 
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphprune import capture
-from graphprune.calibration import Layer, collect, layers, unfold
 from graphprune.errors import DataError, PassError
 from graphprune.program import Program
-from graphprune.shifted import ShiftedProducts
+from graphprune.second_order.calibration import Layer, collect, layers, unfold
+from graphprune.second_order.shifted import ShiftedProducts
 from tests.exactness import capture_as
 from tests.models import resnet20, tiny_mobile
 

@@ -14,9 +14,9 @@ from graphprune.budget import choose, parse_target
 from graphprune.cost import Keep
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError
-from graphprune.gate_training import Axes
-from graphprune.gates import LIMIT, SHAPES, GateCost, Shape, trainable_gate
-from graphprune.gating import PREFIX, Gated, insert_gates
+from graphprune.gates.function import LIMIT, SHAPES, GateCost, Shape, trainable_gate
+from graphprune.gates.insertion import PREFIX, Gated, insert_gates
+from graphprune.gates.training import Axes
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.program import Program
 from graphprune.scores import Scores

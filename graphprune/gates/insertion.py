@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from graphprune.gated_layers import (
+from graphprune.gates.function import Gates, Shape
+from graphprune.gates.layers import (
     GatedLayer,
     GatedNorm,
     Mask,
@@ -39,7 +40,6 @@ from graphprune.gated_layers import (
     gated_rms_norm,
     weight_index,
 )
-from graphprune.gates import Gates, Shape
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import Consumer, TensorInfo

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Moments, collect
 from graphprune.errors import PassError
-from graphprune.layers import Layer, layers
 from graphprune.program import Program
 from graphprune.progress import Progress, SilentProgress
-from graphprune.second_order import (
+from graphprune.second_order.calibration import Moments, collect
+from graphprune.second_order.layers import Layer, layers
+from graphprune.second_order.weights import (
     adapt,
     chosen,
     damped,

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Moments
-from graphprune.readers import Reader, UnitGroup, columns_of
+from graphprune.second_order.calibration import Moments
+from graphprune.second_order.readers import Reader, UnitGroup, columns_of
 
 __all__ = ["Removal", "refit", "removal_order"]
 

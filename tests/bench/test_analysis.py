@@ -9,8 +9,8 @@ import time
 import pytest
 from torch import Tensor, nn
 
-from graphprune import bench_analysis
-from graphprune.bench_analysis import (
+from graphprune.bench import analysis as bench_analysis
+from graphprune.bench.analysis import (
     MODELS,
     Comparison,
     Side,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.allocation import Levels, allocate
+from graphprune.second_order.allocation import Levels, allocate
 
 
 def _levels(errors: Sequence[float]) -> Levels:

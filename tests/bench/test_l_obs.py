@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from graphprune.bench_l_obs import (
+from graphprune.bench.l_obs import (
     ITERATIONS,
     RECIPES,
     Images,
@@ -26,7 +26,7 @@ from graphprune.bench_l_obs import (
 )
 from graphprune.data import DataSource
 
-_TOOL = Path(__file__).parents[1] / "tools" / "bench_l_obs"
+_TOOL = Path(__file__).parents[2] / "tools" / "bench_l_obs"
 
 
 class _Net(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphprune.bench_gates import Overhead, measure_overhead
+from graphprune.bench.gates import Overhead, measure_overhead
 from tests.training.networks import program
 
 

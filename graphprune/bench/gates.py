@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from graphprune.budget import parse_target
 from graphprune.exported import flat_outputs
-from graphprune.gate_training import GateHook
-from graphprune.gating import insert_gates
+from graphprune.gates.insertion import insert_gates
+from graphprune.gates.training import GateHook
 from graphprune.groups import analyze
 from graphprune.program import Program
 from graphprune.scores import Scores

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, fx
 
-from graphprune.calibration import Moments, MomentSum
-from graphprune.layers import layers
 from graphprune.program import Program
+from graphprune.second_order.calibration import Moments, MomentSum
+from graphprune.second_order.layers import layers
 
 __all__ = ["walk"]
 

@@ -1,0 +1,1 @@
+"""The benchmarks behind `tools/bench_*`: one module each."""
