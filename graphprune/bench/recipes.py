@@ -1,0 +1,179 @@
+"""Recipes: accuracy after a cut and training, every method with the same compute, in the same harness.
+
+One unit of compute is one epoch of the dense network, forward and backward. A distilled epoch costs a third of that
+more, for the dense network's forward pass; an epoch of the cut network costs its share of the MACs:
+
+    gates       epochs of the dense network with gates, then epochs of what is left
+    others      a choice without training, then epochs of what is left
+    scratch     the network that `magnitude` leaves, with new weights, trained from labels alone
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphprune.data import DataSource, evaluate
+from graphprune.defaults import default_pipeline
+from graphprune.errors import UsageError
+from graphprune.groups import analyze
+from graphprune.pipeline import Pass, Pipeline
+from graphprune.program import Program
+from graphprune.registry import methods as registered_methods
+from graphprune.textform import format_pass
+
+__all__ = ["Budget", "Row", "pipelines", "run_row", "to_markdown"]
+
+TEACHER = 1 / 3
+"""What one distilled epoch costs besides the training: the dense network's forward pass."""
+GATES = "trainable-gates"
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much a row may train."""
+
+    compute: float
+    """In epochs of the dense network."""
+    target: float
+    """Fraction of the dense MACs that the cut network has."""
+    gates: float = 0.5
+    """Share of the compute that gates may take."""
+
+    @property
+    def gate_epochs(self) -> int:
+        """Epochs of the dense network with gates, distilled."""
+        return max(1, round(self.gates * self.compute / (1 + TEACHER)))
+
+    def epochs(self, *, spent: float = 0.0, teacher: bool = True) -> int:
+        """Return the epochs of the cut network that the rest of the compute is enough for."""
+        return max(1, round((self.compute - spent) / (self.target + (TEACHER if teacher else 0.0))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What came of one method at one target."""
+
+    method: str
+    target: float
+    seed: int
+    compute: float
+    """Allowed, in epochs of the dense network."""
+    epochs: str
+    """Trained: with gates + after the cut."""
+    macs: float
+    """Fraction of the dense MACs that was reached."""
+    cut_accuracy: float
+    """On the test set, before the epochs of the cut network."""
+    accuracy: float
+    """On the test set, after the last epoch."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain data."""
+        return dataclasses.asdict(self)
+
+
+def pipelines(method: str, budget: Budget) -> tuple[str, str, str]:
+    """Return the pipeline that chooses and cuts, the one that trains what is left, and the epochs of both as text.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    if method not in (*registered_methods(), SCRATCH):
+        known = ", ".join((*registered_methods(), SCRATCH))
+        raise UsageError(f"expected one of {known}, found {method!r}")
+    spent, gated, choice, teacher = 0.0, 0, method, True
+    if method == GATES:
+        gated = budget.gate_epochs
+        spent = gated * (1 + TEACHER)
+        choice = format_pass(GATES, {"epochs": gated})
+    elif method == SCRATCH:
+        choice, teacher = "magnitude", False
+    epochs = budget.epochs(spent=spent, teacher=teacher)
+    cut = default_pipeline(
+        target=f"macs={budget.target:g}", method=choice, has_data=method != SCRATCH, export=False
+    )
+    options: dict[str, Any] = {"epochs": epochs}
+    if method == SCRATCH:
+        options |= {"lr": 0.1, "distill": 0.0}
+    return cut, format_pass("fine-tune", options), f"{gated} + {epochs}"
+
+
+def run_row(
+    dense: Program,
+    data: DataSource,
+    method: str,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoints: Path | None = None,
+) -> Row:
+    """Cut and train by one method, and measure; a run that was interrupted goes on from `checkpoints`.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    first, second, epochs = pipelines(method, budget)
+    started = time.perf_counter()
+    accuracies: list[float] = []
+
+    def measure(before: Pass | None, program: Program, after: Pass | None) -> None:
+        if after is not None and after.name == "fine-tune":
+            accuracies.append(evaluate(program.module, data.test(250), device=device))
+
+    start, steps = dense, f"{first},{second}"
+    if method == SCRATCH:
+        start, steps = _with_new_weights(Pipeline.parse(first).run(dense).program, seed), second
+    result = Pipeline.parse(steps).run(
+        start,
+        data=data,
+        device=device,
+        seed=seed,
+        callbacks=(measure,),
+        checkpoints=checkpoints,
+        resume=checkpoints is not None,
+    )
+    seconds = time.perf_counter() - started
+    return Row(
+        method=method,
+        target=budget.target,
+        seed=seed,
+        compute=budget.compute,
+        epochs=epochs,
+        macs=analyze(result.program).cost.macs / analyze(dense).cost.macs,
+        cut_accuracy=accuracies[0],
+        accuracy=evaluate(result.program.module, data.test(250), device=device),
+        seconds=seconds,
+    )
+
+
+def _with_new_weights(program: Program, seed: int) -> Program:
+    """Return a clone in which every layer has the weights that its class starts with."""
+    clone = program.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in clone.module.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return clone
+
+
+def to_markdown(rows: Sequence[Row], *, dense: float) -> str:
+    """Return a table: rows by target, best first."""
+    heads = ("MACs", "method", "epochs: gates + cut", "after the cut", "trained", "seed", "seconds")
+    lines = [" | ".join(heads), "--: | --- | --: | --: | --: | --: | --:"]
+    lines += [
+        f"{r.macs:.3f} | {r.method} | {r.epochs} | {r.cut_accuracy:.2%} | {r.accuracy:.2%} | {r.seed} | {r.seconds:.0f}"
+        for r in sorted(rows, key=lambda r: (-r.target, -r.accuracy))
+    ]
+    return "\n".join([f"Dense: {dense:.2%}.", "", *(f"| {line} |" for line in lines), ""])

@@ -1,0 +1,65 @@
+"""The comparison of recipes: equal compute for every method, rows are measured, tables show them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphprune.bench.recipes import TEACHER, Budget, Row, pipelines, run_row, to_markdown
+from graphprune.capture import capture
+from graphprune.data import DataSource, load_data
+from graphprune.demo import train_digits
+from graphprune.errors import UsageError
+from graphprune.program import Program
+
+pytest.importorskip("sklearn")
+
+BUDGET = Budget(compute=6.0, target=0.5)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Program:
+    return capture(train_digits(epochs=2), torch.randn(1, 1, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSource:
+    return load_data("digits,holdout=0.2")
+
+
+def test_every_method_gets_the_same_compute() -> None:
+    for method in ("trainable-gates", "magnitude", "scratch"):
+        gated, left = map(int, pipelines(method, BUDGET)[2].split(" + "))
+        teacher = 0.0 if method == "scratch" else TEACHER
+        spent = gated * (1 + teacher) + left * (BUDGET.target + teacher)
+        assert abs(spent - BUDGET.compute) <= (BUDGET.target + teacher) / 2
+
+
+@pytest.mark.parametrize("method", ["trainable-gates", "magnitude", "scratch"])
+def test_rows_reach_the_target_and_learn(dense: Program, digits: DataSource, method: str) -> None:
+    row = run_row(dense, digits, method, BUDGET, device="cpu")
+    assert 0.45 < row.macs <= 0.5
+    assert row.accuracy > max(0.5, row.cut_accuracy - 0.02)
+
+
+def test_scratch_knows_nothing_of_the_weights(dense: Program, digits: DataSource) -> None:
+    row = run_row(dense, digits, "scratch", BUDGET, device="cpu")
+    assert row.cut_accuracy < 0.35
+
+
+def test_an_unknown_method_is_refused(dense: Program, digits: DataSource) -> None:
+    with pytest.raises(UsageError, match="expected one of .*scratch, found 'best'"):
+        run_row(dense, digits, "best", BUDGET)
+
+
+def test_the_table_has_the_best_of_each_target_first() -> None:
+    common = {"seed": 0, "compute": 6.0, "epochs": "2 + 4", "cut_accuracy": 0.5, "seconds": 9.0}
+    rows = [
+        Row(method="random", target=0.5, macs=0.499, accuracy=0.8, **common),
+        Row(method="obs", target=0.5, macs=0.498, accuracy=0.9, **common),
+        Row(method="obs", target=0.7, macs=0.699, accuracy=0.92, **common),
+    ]
+    lines = to_markdown(rows, dense=0.9339).splitlines()
+    assert lines[0] == "Dense: 93.39%."
+    assert [line.split(" | ")[1] for line in lines[4:]] == ["obs", "obs", "random"]
+    assert lines[4] == "| 0.699 | obs | 2 + 4 | 50.00% | 92.00% | 0 | 9 |"
