@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -53,7 +55,13 @@ def test_an_unknown_method_is_refused(dense: Program, digits: DataSource) -> Non
 
 
 def test_the_table_has_the_best_of_each_target_first() -> None:
-    common = {"seed": 0, "compute": 6.0, "epochs": "2 + 4", "cut_accuracy": 0.5, "seconds": 9.0}
+    common: dict[str, Any] = {
+        "seed": 0,
+        "compute": 6.0,
+        "epochs": "2 + 4",
+        "cut_accuracy": 0.5,
+        "seconds": 9.0,
+    }
     rows = [
         Row(method="random", target=0.5, macs=0.499, accuracy=0.8, **common),
         Row(method="obs", target=0.5, macs=0.498, accuracy=0.9, **common),
