@@ -11,18 +11,16 @@ so the program computes what it did before, and the driver proves just that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
+from graphprune.constants import fixed_channels, readings, weights_of
 from graphprune.cut import cut_program
-from graphprune.groups import DependencyGroups, Place
+from graphprune.groups import DependencyGroups
 from graphprune.labels.trace import Consumer
 from graphprune.outcome import Kept
 from graphprune.pipeline import Context, Facts, Pass, SurgeryResult
@@ -63,7 +61,7 @@ class RemoveZeros(Pass):
 def _useless(program: Program, groups: DependencyGroups) -> Flags:
     """Return which coupled channels are read without effect, pins and constraints left aside."""
     by_node = {layer.node: layer for layer in layers(program)}
-    weights = {n: t.detach().cpu() for n, t in program.named_tensors()}
+    weights = weights_of(program)
     # A block's own atom has no consumer: it goes with its last member, by `close`.
     consumed = np.zeros(groups.num_channels, np.bool_)
     read, elsewhere = consumed.copy(), consumed.copy()
@@ -76,7 +74,7 @@ def _useless(program: Program, groups: DependencyGroups) -> Flags:
             elsewhere[channels] = True
         else:
             read[channels[effective]] = True
-    silent = ~_varying(program, groups, by_node, weights)
+    silent = fixed_channels(program, groups, by_node.values(), weights)
     if (silent & consumed & read & ~elsewhere).any():
         silent &= _measured_zero(program, groups)
     useless: Flags = consumed & ~elsewhere & ~groups.pinned & (~read | silent)
@@ -92,82 +90,16 @@ def _reading(layer: Layer, weight: Tensor, consumer: Consumer) -> Flags | None:
     return effective
 
 
-def _varying(
-    program: Program,
-    groups: DependencyGroups,
-    by_node: Mapping[str, Layer],
-    weights: Mapping[str, Tensor],
-) -> Flags:
-    """Return which channels no layer makes, or one by a row other than zero and without a batch norm of scale zero."""
-    made = np.zeros(groups.num_channels, np.bool_)
-    varying = made.copy()
-    for node in program.module.graph.nodes:
-        layer = by_node.get(node.name)
-        place = None if layer is None else Place(layer.weight, 0)
-        if layer is None or place not in groups.places:
-            continue
-        channels = groups.channels_of(place)
-        moving = (weights[layer.weight].flatten(1) != 0).any(1)
-        scale = _scale_behind(node, program, weights)
-        if scale is not None:
-            moving &= scale != 0
-        made[channels] = True
-        varying[channels[moving.numpy()]] = True
-    return varying | ~made
-
-
-def _scale_behind(node: fx.Node, program: Program, weights: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the scale of the batch norm that alone reads a layer."""
-    users = list(node.users)
-    if len(users) != 1:
-        return None
-    user = users[0]
-    if user.op == "call_module":
-        module = program.module.get_submodule(str(user.target))
-        if isinstance(module, _BatchNorm) and module.weight is not None:
-            return module.weight.detach().cpu()
-    if user.target is torch.ops.aten.batch_norm.default:
-        scale = user.args[1]
-        if isinstance(scale, fx.Node) and scale.op == "get_attr":
-            return weights.get(str(scale.target))
-    return None
-
-
 def _measured_zero(program: Program, groups: DependencyGroups) -> Flags:
-    """Return which channels are exactly zero wherever they are read, on random inputs small and large."""
-    recorder = _Recorder(program.module, groups)
-    with torch.inference_mode():
-        for seed, size in ((0, 1.0), (1, 100.0)):
-            inputs = program.batch(4, seed=seed)
-            recorder.run(*(x * size if x.is_floating_point() else x for x in inputs))
-    return ~recorder.seen
-
-
-class _Recorder(fx.Interpreter):
-    """Notes which channels are ever other than zero where they are read."""
-
-    def __init__(self, module: fx.GraphModule, groups: DependencyGroups) -> None:
-        super().__init__(module)
-        self.channel_of = groups.channel_of
-        self.seen = np.zeros(groups.num_channels, np.bool_)
-        self.consumers: dict[str, list[Consumer]] = {}
-        for consumer in groups.labels.consumers:
-            self.consumers.setdefault(consumer.node, []).append(consumer)
-
-    def run_node(self, n: fx.Node) -> object:
-        for consumer in self.consumers.get(n.name, ()):
-            source = n.args[0] if n.args else next(iter(n.kwargs.values()))
-            value = self.env.get(source) if isinstance(source, fx.Node) else None
-            channels = self.channel_of[consumer.field.atoms]
-            fits = isinstance(value, Tensor) and channels.shape == (
-                value.shape[consumer.field.dims[0]],
-            )
-            if consumer.slot == 0 and fits and isinstance(value, Tensor):
-                other = value.movedim(consumer.field.dims[0], 0).flatten(1)
-                self.seen[channels[(other != 0).any(1).cpu().numpy()]] = True
-            else:
-                self.seen[channels] = True
-        return super().run_node(n)
+    """Return which channels are zero wherever they are read."""
+    zero = np.ones(groups.num_channels, np.bool_)
+    for consumer, reading in zip(groups.labels.consumers, readings(program, groups), strict=True):
+        if reading is None:
+            zero[groups.channel_of[consumer.field.atoms]] = False
+        else:
+            other = ((reading.low != 0) | (reading.high != 0)).numpy()
+            zero[reading.channels[other]] = False
+    return zero
 
 
 def _closed(groups: DependencyGroups, useless: Flags) -> tuple[Flags, int]:
