@@ -91,10 +91,11 @@ def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut) -> None:
     )
     advice = "Use result.program.module, which runs without the class."
     inputs = cut.batch(2)
+    run = smaller if cut.calling is None else cut.calling.bind(smaller)
     with torch.inference_mode():
         expected = [t for t in tree_leaves(cut.module(*inputs)) if isinstance(t, Tensor)]
         try:
-            found = [t for t in tree_leaves(smaller(*inputs)) if isinstance(t, Tensor)]
+            found = [t for t in tree_leaves(run(*inputs)) if isinstance(t, Tensor)]
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ApplyError(
                 f"{type(smaller).__name__} cannot hold the cut: {reason}; it fails with: "

@@ -11,9 +11,10 @@ attributes.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
+from graphprune.calling import calling_of
 from graphprune.errors import AnalysisError, CaptureError, InputError, LoadError
 from graphprune.inputs import infer_inputs
 from graphprune.labels import propagate
@@ -43,8 +45,9 @@ _INPUT_HINT = "give one with --input 1x3x224x224 (or example_inputs=torch.randn(
 
 def capture(
     model: nn.Module | ExportedProgram | str,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Any] | None = None,
     *,
+    outputs: Sequence[str] = (),
     weights: str | Path | None = None,
     trust: Sequence[str] = (),
     trust_all: bool = False,
@@ -55,7 +58,10 @@ def capture(
     Args:
         model: A module, an exported program, or a MODEL text: a file, ``torchvision:NAME``, ``timm:NAME`` or
             ``package.module:factory``.
-        example_inputs: One tensor, or one per positional input; taken from the model where it states its own.
+        example_inputs: One tensor, or one per positional input, or a mapping from parameter names to tensors (what is
+            no tensor in it stays as it is); taken from the model where it states its own.
+        outputs: Which outputs of the model count, by key or position; channels that only the others need may go. All of
+            them unless given.
         weights: A state dict (``.safetensors`` or ``.pt``) to load first; a given module is copied before.
         trust: Classes that a pickled model may name besides those of torch, torchvision and timm.
         trust_all: Whether a pickled model may name any class.
@@ -81,12 +87,20 @@ def capture(
     if isinstance(model, torch.jit.ScriptModule):
         source, model = source or type(model).__name__, ScriptedModel(model)
     if isinstance(model, ExportedProgram):
+        if outputs:
+            raise InputError(f"outputs {tuple(outputs)} cannot be picked from an ExportedProgram")
         return _capture_exported(model, example_inputs, source=source or "ExportedProgram")
     source = source or type(model).__name__
     _check_finite(model, source)
-    inputs = _as_inputs(model, example_inputs, source)
+    if example_inputs is None:
+        example_inputs = infer_inputs(model)
+    if not isinstance(example_inputs, Tensor) and not example_inputs:
+        raise InputError(f"{source} does not state the shape of its input: {_INPUT_HINT}")
+    calling, tensors = calling_of(model, example_inputs, outputs)
+    inputs = _as_inputs(model, tensors, source, by_name=calling is not None and bool(calling.names))
     with _evaluation_mode(model):
-        return _capture_module(model, inputs, source)
+        program = _capture_module(model if calling is None else calling.bind(model), inputs, source)
+    return dataclasses.replace(program, calling=calling)
 
 
 def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -> Program:
@@ -151,9 +165,9 @@ def _export_module(
     raise CaptureError(f"{source} cannot be captured as a graph:\n  " + "\n  ".join(reasons))
 
 
-def _capture_exported(
-    program: ExportedProgram, example_inputs: Tensor | Sequence[Tensor] | None, *, source: str
-) -> Program:
+def _capture_exported(program: ExportedProgram, example_inputs: Any, *, source: str) -> Program:
+    if isinstance(example_inputs, Mapping):
+        example_inputs = tuple(example_inputs.values())
     if example_inputs is None:
         if program.example_inputs is None or program.example_inputs[1]:
             raise InputError(f"{source} stores no positional example input: {_INPUT_HINT}")
@@ -184,11 +198,11 @@ def _as_tuple(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _as_inputs(
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor] | None, source: str
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], source: str, *, by_name: bool
 ) -> tuple[Tensor, ...]:
-    found = infer_inputs(model) if example_inputs is None else _as_tuple(example_inputs)
-    if not found:
-        raise InputError(f"{source} does not state the shape of its input: {_INPUT_HINT}")
+    found = _as_tuple(example_inputs)
+    if by_name:
+        return found
     parameters = inspect.signature(model.forward).parameters.values()
     accepted = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
     is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)

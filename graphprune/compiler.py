@@ -97,6 +97,7 @@ def compile(
     seed: int = 0,
     out: str | Path | None = None,
     round_to: int | str = DEFAULT_ROUND_TO,
+    outputs: Sequence[str] = (),
     weights: str | Path | None = None,
     trust: Sequence[str] = (),
     trust_all: bool = False,
@@ -115,7 +116,8 @@ def compile(
     Args:
         model: A module, or what the command line calls MODEL: a file, ``torchvision:NAME``, ``timm:NAME`` or
             ``package.module:factory``; a captured program does as well.
-        example_inputs: One tensor or a tuple of tensors; with `data` they may be left out.
+        example_inputs: One tensor, a tuple of tensors, or a mapping from parameter names to tensors, such as what a
+            tokenizer returns; with `data` they may be left out, as for models that state their own.
         target: What to reach: ``macs=``, ``params=`` or ``ratio=``, several with commas.
         method: How channels are scored; one of `graphprune.registry.methods()`, with options as in
             ``magnitude{norm=1}``.
@@ -129,6 +131,7 @@ def compile(
             left there.
         round_to: Keep multiples of this many channels where divisibility allows; ``auto``: of 8, or less where groups
             are small or the target would be missed.
+        outputs: Which outputs of the model count, by key or position; all of them unless given.
         weights: A state dict to load, ``.safetensors`` or ``.pt``.
         trust: Classes that a pickle may name besides those of torch, torchvision and timm.
         trust_all: Let a pickle name any class.
@@ -179,6 +182,7 @@ def compile(
     job = _Job(
         model=model,
         example_inputs=example_inputs,
+        outputs=tuple(outputs),
         weights=weights,
         trust=tuple(trust),
         trust_all=trust_all,
@@ -200,6 +204,7 @@ def apply(
     example_inputs: Any = None,
     *,
     data: DataSource | str | None = None,
+    outputs: Sequence[str] = (),
     verify: bool = True,
     export: bool = True,
     seed: int = 0,
@@ -221,6 +226,7 @@ def apply(
     job = _Job(
         model=model,
         example_inputs=example_inputs,
+        outputs=tuple(outputs),
         weights=weights,
         trust=tuple(trust),
         trust_all=trust_all,
@@ -321,6 +327,7 @@ class _Job:
     verify: bool
     callbacks: tuple[Callback, ...]
     progress: Progress
+    outputs: tuple[str, ...] = ()
     is_classification: bool = True
 
     def run(self, pipeline: Pipeline, folder: Staging) -> CompileResult:
@@ -372,9 +379,10 @@ class _Job:
         from graphprune.capture import capture
 
         if isinstance(self.model, Program):
-            if self.example_inputs is not None or self.weights is not None:
+            if self.example_inputs is not None or self.weights is not None or self.outputs:
                 raise UsageError(
-                    "a captured program has its inputs and weights; give example_inputs= and weights= to capture()"
+                    "a captured program has its inputs, outputs and weights; give example_inputs=, outputs= and "
+                    "weights= to capture()"
                 )
             return self.model
         model = str(self.model) if isinstance(self.model, Path) else self.model
@@ -382,6 +390,7 @@ class _Job:
             return capture(
                 model,
                 self.inputs(),
+                outputs=self.outputs,
                 weights=self.weights,
                 trust=self.trust,
                 trust_all=self.trust_all,

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from graphprune.calling import Calling
+
 __all__ = ["Dialect", "Program"]
 
 Dialect = Literal["fx", "export"]
@@ -38,6 +40,8 @@ class Program:
     """Whether dim 0 of every input may take any size."""
     source: str
     """What the user called the model: a file, ``torchvision:NAME``, a class name."""
+    calling: Calling | None = None
+    """How the model that went in is called with the same inputs; None where just so."""
     history: tuple[str, ...] = ()
     """Text form of every surgery that has changed this program, oldest first."""
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -28,6 +28,7 @@ __all__ = [
     "NoVerifyOption",
     "OptionalData",
     "OutOption",
+    "OutputsOption",
     "PrintOption",
     "RequiredData",
     "ResumeOption",
@@ -62,8 +63,19 @@ InputOption = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
-        metavar="SHAPE|FILE",
-        help="Example input such as 1x3x224x224 or 1x16:int64, or a file of tensors; once for each input.",
+        metavar="[NAME=]SHAPE|FILE",
+        help="Example input such as 1x3x224x224 or 1x16:int64:30522 (integers below 30522), or a file of tensors; "
+        "once for each input. NAME= is the parameter that the model takes it as.",
+        show_default=False,
+    ),
+]
+OutputsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--output",
+        metavar="NAME",
+        help="An output of the model that counts, by key or position, where it has several; once for each. "
+        "Channels that only the others need may go.",
         show_default=False,
     ),
 ]

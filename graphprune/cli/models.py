@@ -24,6 +24,7 @@ from graphprune.cli.common import (
     NoVerifyOption,
     OptionalData,
     OutOption,
+    OutputsOption,
     PrintOption,
     RequiredData,
     ResumeOption,
@@ -50,6 +51,7 @@ def compile(
     model: ModelArgument,
     weights: WeightsOption = None,
     input: InputOption = None,
+    output: OutputsOption = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -125,6 +127,7 @@ def compile(
             model,
             _inputs(input),
             **choices,
+            outputs=output or (),
             data=data,
             verify=not no_verify,
             export=not no_export,
@@ -148,6 +151,7 @@ def inspect(
     model: ModelArgument,
     weights: WeightsOption = None,
     input: InputOption = None,
+    output: OutputsOption = None,
     trust: TrustOption = None,
     trust_all: TrustAllOption = False,
     show_program: Annotated[
@@ -165,6 +169,7 @@ def inspect(
             program = capture(
                 model,
                 _inputs(input),
+                outputs=output or (),
                 weights=weights,
                 trust=trust or (),
                 trust_all=trust_all,
@@ -191,6 +196,7 @@ def apply(
     model: ModelArgument,
     weights: WeightsOption = None,
     input: InputOption = None,
+    output: OutputsOption = None,
     data: OptionalData = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -210,6 +216,7 @@ def apply(
             plan,
             model,
             _inputs(input),
+            outputs=output or (),
             data=data,
             verify=not no_verify,
             export=not no_export,
