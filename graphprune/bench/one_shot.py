@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class Start:
     data: DataSource
     inner: tuple[str, ...]
     """Modules whose outputs Torch-Pruning may cut."""
+    cuts: dict[tuple[str, float, int], Program] = field(default_factory=dict)
+    """What Torch-Pruning made, by criterion, ratio and seed: searches for several targets try the same ratios."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +131,11 @@ def _peer(
     best = None
     for _ in range(SEARCH):
         ratio = (low + high) / 2
-        torch.manual_seed(seed)
-        model = _torch_pruning(start, PEERS[method], ratio, seed)
-        program = capture(model, start.example)
+        if (key := (method, ratio, seed)) not in start.cuts:
+            torch.manual_seed(seed)
+            model = _torch_pruning(start, PEERS[method], ratio, seed)
+            start.cuts[key] = capture(model, start.example)
+        program = start.cuts[key]
         if analyze(program).cost.macs <= goal:
             best, high = program, ratio
         else:
