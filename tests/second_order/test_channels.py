@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.program import Program
+from graphprune.second_order import weights as single_weights
 from graphprune.second_order.calibration import Moments, collect
 from graphprune.second_order.channels import refit, removal_order
 from graphprune.second_order.layers import Layer
 from graphprune.second_order.readers import Reader, UnitGroup, columns_of, unit_groups
 from graphprune.second_order.side_by_side import walk
+from graphprune.second_order.weights import output_error
 from graphprune.units import find_units
 
 
@@ -75,6 +77,38 @@ def test_the_update_is_the_least_squares_refit() -> None:
         energy = (samples @ weight.T).square().sum()
         error = (samples @ (weight - expected).T).square().sum() / energy
         assert float(removal.errors[count]) == pytest.approx(float(error), rel=1e-8)
+
+
+def test_whole_columns_are_single_weights_removed_together() -> None:
+    # The other implementation, `weights`, works row by row and knows nothing of units.
+    samples, weight = _samples(200, 12), torch.randn(5, 12, dtype=torch.float64)
+    columns = [[0, 5, 7], [1, 2, 9], [3, 4, 6], [8, 10, 11]]
+    group, moments = _group([_reader("a", columns)], 4), _moments("a", samples)
+    gram = samples.T @ samples / len(samples)
+    removal = removal_order(
+        group, {"a": weight}, {"a": moments}, damping=0.0, keep_weights=(1, 2, 3)
+    )
+    energy = output_error(weight, gram)
+    for count in (1, 2, 3):
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        mask[:, columns_of(group.readers[0], removal.order[:count])] = False
+        single = single_weights.refit(weight, gram, mask)
+        torch.testing.assert_close(removal.weights[count]["a"], single, rtol=1e-8, atol=1e-9)
+        error = output_error(single - weight, gram) / energy
+        assert float(removal.errors[count]) == pytest.approx(error, rel=1e-8)
+
+
+def test_one_column_costs_what_its_weights_cost() -> None:
+    samples, weight = _samples(200, 6), torch.randn(5, 6, dtype=torch.float64)
+    group = _group([_reader("a", [[i] for i in range(6)])], 6)
+    gram = samples.T @ samples / len(samples)
+    removal = removal_order(
+        group, {"a": weight}, {"a": _moments("a", samples)}, damping=0.0, keep_weights=(1,)
+    )
+    sensitivity = weight.square() / torch.linalg.inv(gram).diagonal()  # of single weights
+    costs = sensitivity.sum(0) / output_error(weight, gram)
+    assert int(removal.order[0]) == int(costs.argmin())
+    assert float(removal.errors[1]) == pytest.approx(float(costs.min()), rel=1e-8)
 
 
 def test_the_cheapest_unit_goes_first() -> None:

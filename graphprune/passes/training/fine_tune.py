@@ -19,7 +19,7 @@ from graphprune.errors import DataError
 from graphprune.groups import analyze
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
-from graphprune.training import Recipe, Trainer, load_task
+from graphprune.training import Hook, Moment, Recipe, Trainer, load_task
 from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
@@ -66,6 +66,8 @@ class FineTune(Pass):
     """What to compute in; auto: bfloat16 where the device is fast in it."""
     task: str = ""
     """package.module:factory of a graphprune.training.Task; empty: classification by cross-entropy."""
+    keep_zeros: bool = False
+    """Leave weights that are zero at zero, as `l-obs` has made them."""
     workers: int = 0
     """Processes that load data; 0: none besides the training process."""
     checkpoint_seconds: float = 60.0
@@ -88,6 +90,7 @@ class FineTune(Pass):
             data=context.data,
             task=task,
             teacher=context.dense if distill else None,
+            hooks=[_Zeros(clone)] if self.keep_zeros else [],
             device=context.device,
             seed=context.seed,
             progress=context.progress,
@@ -113,6 +116,23 @@ class FineTune(Pass):
         common = {field.name for field in fields(Recipe)} - {"distill"}
         values: dict[str, Any] = {name: getattr(self, name) for name in common}
         return Recipe(distill=distill, **values)
+
+
+class _Zeros(Hook):
+    """Keeps what is zero at zero: no gradient, so no momentum, and weight decay leaves a zero alone."""
+
+    def __init__(self, program: Program) -> None:
+        self.zeros = {
+            name: parameter.detach() == 0
+            for name, parameter in program.module.named_parameters()
+            if parameter.dim() > 1
+        }
+
+    def after_backward(self, moment: Moment) -> None:
+        for name, parameter in moment.module.named_parameters():
+            if name in self.zeros and parameter.grad is not None:
+                self.zeros[name] = self.zeros[name].to(parameter.device)
+                parameter.grad.masked_fill_(self.zeros[name], 0.0)
 
 
 def _differ(before: Program, after: Program) -> bool:

@@ -65,6 +65,24 @@ def test_it_trains_a_clone_and_says_what_it_measured(dialect: Dialect, tmp_path:
     assert equal(result.program, again.program)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+def test_zeros_stay_where_they_are_asked_to(dialect: Dialect, optimizer: str) -> None:
+    before = program(dialect)
+    weights = {n: p for n, p in before.module.named_parameters() if p.dim() > 1}
+    with torch.no_grad():
+        for weight in weights.values():
+            weight[torch.rand(weight.shape) < 0.5] = 0
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 16, "optimizer": optimizer}
+    kept = FineTune(**options, keep_zeros=True).run(before, context(before)).program
+    freed = FineTune(**options).run(before, context(before)).program
+    for name, parameter in kept.module.named_parameters():
+        if name in weights:
+            assert torch.equal(parameter == 0, weights[name] == 0)
+            assert not torch.equal(parameter, weights[name])
+    assert any((p != 0).all() for _, p in freed.module.named_parameters() if p.dim() > 1)
+
+
 def test_no_epochs_are_not_a_change() -> None:
     before = program()
     result = FineTune(epochs=0).run(before, context(before))
