@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["branches", "depthwise", "residual", "transformer"]
+__all__ = ["branches", "dense", "depthwise", "residual", "transformer"]
 
 
 def _conv(ins: int, outs: int, size: int = 3, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -46,6 +46,24 @@ class _Branches(nn.Module):
         x = self.stem(x)
         x = self.mix(torch.cat([self.narrow(x), self.wide(x)], 1))
         logits: Tensor = self.fc(torch.flatten(x, 1))
+        return logits
+
+
+class _Dense(nn.Module):
+    """Every layer reads all that came before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv(1, 12)
+        self.layers = nn.ModuleList(_conv(12 + 8 * i, 8) for i in range(4))
+        self.pool = nn.AvgPool2d(2)
+        self.head = nn.Linear(44 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for layer in self.layers:
+            features.append(layer(torch.cat(features, 1)))
+        logits: Tensor = self.head(self.pool(torch.cat(features, 1)).flatten(1))
         return logits
 
 
@@ -106,6 +124,11 @@ def residual() -> nn.Module:
 def branches() -> nn.Module:
     """Return two branches that are concatenated."""
     return _seeded(_Branches)
+
+
+def dense() -> nn.Module:
+    """Return a densely connected network."""
+    return _seeded(_Dense)
 
 
 def depthwise() -> nn.Module:

@@ -62,10 +62,11 @@ def equal(a: Program, b: Program) -> bool:
     [
         (gate_networks.residual, "", 0.95),
         (gate_networks.branches, "", 0.95),
+        (gate_networks.dense, "", 0.90),
         (gate_networks.depthwise, "", 0.80),
         (gate_networks.transformer, "granularity=channels,heads", 0.80),
     ],
-    ids=["residual", "concatenation", "depthwise", "transformer"],
+    ids=["residual", "concatenation", "dense", "depthwise", "transformer"],
 )
 def test_half_the_macs_at_a_stated_accuracy(
     make: Callable[[], nn.Module], options: str, floor: float, digits: DataSource
