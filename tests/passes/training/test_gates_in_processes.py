@@ -16,7 +16,7 @@ import torch
 from graphprune.files import write_atomic
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.passes.training import TrainableGates
-from graphprune.pipeline import Context
+from graphprune.pipeline import Context, Facts
 from graphprune.plan import Plan
 from graphprune.program import Program
 from tests.training.networks import children, data, program
@@ -31,7 +31,7 @@ STEP = TrainableGates(
 
 def _learn(dense: Program, **options: Any) -> dict[str, Any]:
     """Return the trained weights, what is kept, and the numbers of the last epoch."""
-    facts = {DependencyGroups: analyze(dense)}
+    facts: dict[type[Facts], Facts] = {DependencyGroups: analyze(dense)}
     context = Context(facts=facts, dense=dense, data=data(), device="cpu", **options)
     result = STEP.run(dense, context)
     plan = next(fact for fact in result.facts if isinstance(fact, Plan))
@@ -56,7 +56,7 @@ def test_two_processes_learn_the_same_gates(tmp_path: Path) -> None:
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    pair = []
+    pair: list[Any] = []
     for rank in ("0", "1"):
         environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
         arguments = (tmp_path / "state", tmp_path / f"{rank}.pt", False, environment)
