@@ -424,6 +424,8 @@ def _figures(program: Program, measured: Any, accuracy: float | None) -> Figures
         params=cost.params,
         macs=cost.macs,
         onnx_bytes=measured.get("onnx_bytes"),
+        onnx_zipped_bytes=measured.get("onnx_zipped_bytes"),
+        nonzero=measured.get("nonzero"),
         latency_ms=measured.get("latency_ms"),
         accuracy=accuracy,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from graphprune.exported import export_program, exporter_quiet, first_line
 from graphprune.files import write_atomic
 from graphprune.program import Program
 
-__all__ = ["OnnxFile", "export_onnx"]
+__all__ = ["OnnxFile", "export_onnx", "zipped_bytes"]
 
 # A protobuf message holds less than 2 GiB; the margin is for the graph around the weights.
 MAX_SINGLE_FILE_BYTES = 2**31 - 64 * 2**20
@@ -54,6 +55,18 @@ class OnnxFile:
     def files(self) -> tuple[Path, ...]:
         """Every file that belongs to the model."""
         return (self.path,) if self.weights is None else (self.path, self.weights)
+
+
+def zipped_bytes(files: Iterable[Path]) -> int:
+    """Return how many bytes files take when each is compressed as gzip does."""
+    total = 0
+    for path in files:
+        packer = zlib.compressobj(level=6)
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                total += len(packer.compress(chunk))
+        total += len(packer.flush())
+    return total
 
 
 def export_onnx(program: Program, path: str | Path, *, opset: int | None = None) -> OnnxFile:

@@ -27,6 +27,10 @@ class Figures:
     """Multiply-accumulates for one sample (FLOPs are twice as many)."""
     onnx_bytes: int | None = None
     """Size of the ONNX file."""
+    onnx_zipped_bytes: int | None = None
+    """Size of the ONNX file, zipped; measured where many weights are zero."""
+    nonzero: int | None = None
+    """Parameters other than zero; counted where many are."""
     latency_ms: float | None = None
     """Median latency in ONNX Runtime."""
     accuracy: float | None = None
@@ -34,12 +38,14 @@ class Figures:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain data."""
+        sparse = {"nonzero": self.nonzero, "onnx_zipped_bytes": self.onnx_zipped_bytes}
         return {
             "params": self.params,
             "macs": self.macs,
             "onnx_bytes": self.onnx_bytes,
             "latency_ms": self.latency_ms,
             "accuracy": self.accuracy,
+            **{name: value for name, value in sparse.items() if value is not None},
         }
 
 

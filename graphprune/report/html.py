@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 from graphprune.report.data import Report
-from graphprune.report.text import FIGURE_ROWS, change_text, figure_text, removed_text
+from graphprune.report.text import change_text, figure_rows, figure_text, removed_text
 
 __all__ = ["render_html"]
 
@@ -35,7 +35,7 @@ def render_html(report: Report) -> str:
             "after": figure_text(name, getattr(report.after, name)),
             "change": change_text(name, getattr(report.before, name), getattr(report.after, name)),
         }
-        for label, name in FIGURE_ROWS
+        for label, name in figure_rows(report)
     ]
     return environment.get_template("page.html.jinja").render(
         report=report,

@@ -17,6 +17,7 @@ __all__ = [
     "FIGURE_ROWS",
     "TABLE_BOX",
     "change_text",
+    "figure_rows",
     "figure_text",
     "print_report",
     "removed_text",
@@ -34,12 +35,26 @@ MOST_PARAMETERS = 12
 
 FIGURE_ROWS = (
     ("parameters", "params"),
+    ("parameters other than zero", "nonzero"),
     ("MACs for one sample", "macs"),
     ("ONNX file (bytes)", "onnx_bytes"),
+    ("ONNX file, zipped (bytes)", "onnx_zipped_bytes"),
     ("latency (ms, median)", "latency_ms"),
     ("accuracy (%)", "accuracy"),
 )
 """Label and attribute of every figure."""
+
+_SPARSE_ROWS = ("nonzero", "onnx_zipped_bytes")
+"""Left out where few weights are zero."""
+
+
+def figure_rows(report: Report) -> list[tuple[str, str]]:
+    """Return label and attribute of the figures that this report shows."""
+    return [
+        (label, name)
+        for label, name in FIGURE_ROWS
+        if name not in _SPARSE_ROWS or getattr(report.after, name) is not None
+    ]
 
 
 def render_text(report: Report, *, width: int = 100) -> str:
@@ -107,7 +122,7 @@ def _figures_table(report: Report) -> Table:
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
-    for label, name in FIGURE_ROWS:
+    for label, name in figure_rows(report):
         before, after = _figure(report.before, name), _figure(report.after, name)
         table.add_row(
             label,

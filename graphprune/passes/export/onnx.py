@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from graphprune.errors import OutputError
 from graphprune.files import prepare_out
-from graphprune.onnx_export import export_onnx
+from graphprune.onnx_export import export_onnx, zipped_bytes
 from graphprune.pipeline import Artifacts, Context, Pass
 from graphprune.program import Program
 from graphprune.runtime import bench, open_session, parity
@@ -17,6 +17,9 @@ from graphprune.runtime import bench, open_session, parity
 __all__ = ["ExportOnnx"]
 
 _FILE = "model.onnx"
+
+SPARSE = 0.1
+"""Share of zeros from which on they are counted, and the file is zipped to see what they save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +59,43 @@ class ExportOnnx(Pass):
             }
             if self.measure:
                 measurements |= self._side_by_side(
-                    program, context, written.path, written.num_bytes
+                    program, context, written.files, written.num_bytes
                 )
                 task.advance()
         return Artifacts(files=written.files, checks={"onnx": check}, measurements=measurements)
 
     def _side_by_side(
-        self, program: Program, context: Context, path: Path, num_bytes: int
+        self, program: Program, context: Context, files: tuple[Path, ...], num_bytes: int
     ) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
             dense = export_onnx(context.dense, Path(folder) / "dense.onnx", opset=self.opset)
+            sparse_after = _sparsity(program, files)
+            sparse_before = _sparsity(context.dense, dense.files, always=bool(sparse_after))
             inputs = program.batch(1, seed=context.seed)
-            before, after = bench([dense.path, path], inputs, device=_device(context))
+            before, after = bench([dense.path, files[0]], inputs, device=_device(context))
         return {
             "latency_ms": after.median_ms,
-            "before": {"onnx_bytes": dense.num_bytes, "latency_ms": before.median_ms},
-            "after": {"onnx_bytes": num_bytes, "latency_ms": after.median_ms},
+            "before": {
+                "onnx_bytes": dense.num_bytes,
+                "latency_ms": before.median_ms,
+                **sparse_before,
+            },
+            "after": {
+                "onnx_bytes": num_bytes,
+                "latency_ms": after.median_ms,
+                **sparse_after,
+            },
             "latency_runs": after.runs,
         }
+
+
+def _sparsity(program: Program, files: tuple[Path, ...], *, always: bool = False) -> dict[str, int]:
+    """Return the parameters other than zero and the size of the zipped files, where enough are zero to matter."""
+    parameters = list(program.module.parameters())
+    nonzero = sum(int(p.count_nonzero()) for p in parameters)
+    if not always and nonzero > (1 - SPARSE) * sum(p.numel() for p in parameters):
+        return {}
+    return {"nonzero": nonzero, "onnx_zipped_bytes": zipped_bytes(files)}
 
 
 def _device(context: Context) -> str:

@@ -1,26 +1,31 @@
-"""L-OBS as a pass: counts, values, options, refusals; the mathematics is in test_second_order.py."""
+"""L-OBS as a pass: counts, values, options, refusals; the mathematics is in tests/second_order/."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import graphprune as gp
 from graphprune import registry
 from graphprune.capture import capture
 from graphprune.data import DataSource
 from graphprune.errors import DataError, PassError, UsageError
 from graphprune.pipeline import Context, Pipeline, TrainingResult
 from graphprune.program import Program
+from graphprune.report.text import render_text
 from graphprune.second_order.chain import chain_of
 from graphprune.second_order.layers import layers
 from graphprune.second_order.layerwise import Amount, prune_layers
 from tests.exactness import capture_as
 from tests.models import resnet20
+from tests.training.networks import data as bright
 
 
 class _Net(nn.Module):
@@ -246,3 +251,24 @@ def test_refusals() -> None:
     assert math.isfinite(
         _run(copy.deepcopy(program), keep=0.5, num_samples=3).metrics["l-obs/kept"]
     )
+
+
+def test_the_report_counts_zeros_and_zips_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10)).eval()
+    text = "l-obs{keep=0.1 num_samples=64},fine-tune{epochs=1 keep_zeros=true},export-onnx"
+    result = gp.compile(
+        model, torch.randn(2, 1, 8, 8), passes=text, data=bright(), out=tmp_path, device="cpu"
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    weights = [m.weight for m in result.program.module.modules() if isinstance(m, nn.Linear)]
+    kept = sum(round(0.1 * w.numel()) for w in weights)
+    assert sum(int(w.count_nonzero()) for w in weights) == kept
+    biases = 96 + 10
+    assert kept < report["after"]["nonzero"] <= kept + biases
+    assert report["before"]["nonzero"] == report["before"]["params"] == report["after"]["params"]
+    assert report["after"]["onnx_bytes"] == report["before"]["onnx_bytes"]
+    assert report["after"]["onnx_zipped_bytes"] < 0.4 * report["before"]["onnx_zipped_bytes"]
+    printed = render_text(result.report)
+    assert "parameters other than zero" in printed
+    assert "ONNX file, zipped (bytes)" in printed
