@@ -100,7 +100,11 @@ def capture(
     inputs = _as_inputs(model, tensors, source, by_name=calling is not None and bool(calling.names))
     with _evaluation_mode(model):
         program = _capture_module(model if calling is None else calling.bind(model), inputs, source)
-    return dataclasses.replace(program, calling=calling)
+    if calling is None:
+        return program
+    called = dataclasses.replace(program, calling=calling)
+    called.memo.update(program.memo)
+    return called
 
 
 def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -> Program:
@@ -127,8 +131,14 @@ def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -
                 source=source,
             )
         reasons.append(f"{name}: the graph does not compute the shapes that the model computes")
-    _check_accepts(model, inputs, source)
+    if not _is_meta(model):
+        _check_accepts(model, inputs, source)
     return _export_module(model, inputs, source, reasons)
+
+
+def _is_meta(model: nn.Module) -> bool:
+    """Say whether the model has shapes only, so that nothing can be computed with it."""
+    return any(p.is_meta for p in model.parameters())
 
 
 _TRACERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], fx.GraphModule]] = {
@@ -143,8 +153,9 @@ _TRACERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], fx.GraphModule]] =
 def _export_module(
     model: nn.Module, inputs: tuple[Tensor, ...], source: str, reasons: list[str]
 ) -> Program:
+    given = tuple(t.to("meta") for t in inputs) if _is_meta(model) else inputs
     for dynamic in (True, False) if may_vary(inputs) else (False,):
-        example = tuple(resize(t, max(2, t.shape[0])) for t in inputs) if dynamic else inputs
+        example = tuple(resize(t, max(2, t.shape[0])) for t in given) if dynamic else given
         try:
             program = exported.export(copies.copy_structure(model), example, dynamic=dynamic)
         # torch.export documents no common error class; each failure is reported below.

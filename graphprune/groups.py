@@ -161,6 +161,28 @@ class DependencyGroups(Facts):
         """Arrays of coupled channels whose rows (last axis) keep equal counts."""
         return tuple(self.channel_of[nest.atoms] for nest in self.labels.table.nests)
 
+    @cached_property
+    def grids(self) -> tuple[Atoms, ...]:
+        """Arrays of coupled channels whose rows, where they are left, keep the same columns."""
+        return tuple(self.channel_of[grid.atoms] for grid in self.labels.table.grids)
+
+    @cached_property
+    def columns(self) -> tuple[Atoms, ...]:
+        """What goes together, unless whole rows go: all of a column of a grid, and of the columns that it meets."""
+        grids = self.labels.table.grids
+        if not grids:
+            return ()
+        ends = [self.channel_of[np.broadcast_to(g.columns, g.atoms.shape)].ravel() for g in grids]
+        members = [grid.ravel() for grid in self.grids]
+        pair = (np.concatenate(members), np.concatenate(ends))
+        graph = coo_array(
+            (np.ones(len(pair[0]), np.bool_), pair), shape=(self.num_channels, self.num_channels)
+        )
+        label = connected_components(graph, directed=False)[1]
+        involved = np.unique(np.concatenate(pair))
+        order = involved[np.argsort(label[involved], kind="stable")]
+        return tuple(np.split(order, np.flatnonzero(np.diff(label[order])) + 1))
+
     def close(self, keep: Keep) -> Keep:
         """Return `keep` without blocks whose last member is gone, and without the members of blocks that are gone."""
         blocks, keep = self.blocks, keep.copy()
@@ -177,9 +199,18 @@ class DependencyGroups(Facts):
         return keep
 
     def broken(self, keep: Keep) -> list[Atoms]:
-        """Return the channels of every nest whose rows would keep unequal counts, and of every tensor left empty."""
+        """Return the channels of every nest or grid whose rows would not match, and of every tensor left empty."""
         found = [self.nests[position] for position in self._unequal(keep)]
-        return [*found, *self._empty(keep)]
+        return [*found, *self._uneven(keep), *self._empty(keep)]
+
+    def _uneven(self, keep: Keep) -> list[Atoms]:
+        """Return the grids whose rows would keep different columns."""
+        found = []
+        for grid in self.grids:
+            kept = keep[grid]
+            if (kept != np.logical_and.outer(kept.any(axis=1), kept.any(axis=0))).any():
+                found.append(grid)
+        return found
 
     def _unequal(self, keep: Keep) -> list[int]:
         """Return the positions in `nests` whose rows would keep unequal counts."""
@@ -204,6 +235,7 @@ class DependencyGroups(Facts):
             counts = keep[self.nests[position]].sum(axis=-1).ravel().tolist()[:8]
             node = self.labels.table.nests[position].node
             wrong.append(f"blocks at node {node} would keep unequal counts {counts}")
+        wrong += ["heads would keep different dimensions" for _ in self._uneven(keep)]
         wrong += ["a tensor would lose all its channels" for _ in self._empty(keep)]
         return wrong
 

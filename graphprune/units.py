@@ -5,6 +5,9 @@ convolution, halves of a shuffle) must keep equal counts, so channels of differe
 least important of each row first. Which rows a channel stands in is its *signature*; channels with equal
 signatures form a cell. A unit that takes the same fraction of every cell takes the same number from every row
 of every nest: that is all a nest asks for.
+
+Rows of a grid (heads that share a rotation) must keep the same columns, so a column is one *element* here: it has the
+sum of its channels' signatures, and goes as they do.
 """
 
 from __future__ import annotations
@@ -224,12 +227,19 @@ def _channel_sets(
 ) -> list[_Sets]:
     composite = np.zeros(groups.num_channels, np.bool_)
     composite[groups.blocks.rows] = True
+    elements = _Elements.of(groups, scores, owner, free)
     nested = np.zeros(groups.num_channels, np.bool_)
+    for column in groups.columns:
+        nested[column] = True
     sets: list[_Sets] = []
-    for cluster in _clusters(groups.nests):
+    standing = elements.is_column & elements.free & elements.owned
+    for cluster in _clusters([elements.of_channel[nest] for nest in groups.nests]):
         for array in cluster:
-            nested[array] = True
-        sets += _tied(cluster, scores, owner, free)
+            standing[array] = False
+        sets += [elements.expanded(s) for s in _tied(cluster, elements)]
+    for nest in groups.nests:
+        nested[nest] = True
+    sets.append(elements.expanded(_Sets.singles(np.flatnonzero(standing))))
     alone = free & (owner >= 0) & ~nested
     whole = (_with_members(groups, int(c)) for c in np.flatnonzero(alone & composite))
     return [
@@ -237,6 +247,54 @@ def _channel_sets(
         _Sets.singles(np.flatnonzero(alone & ~composite)),
         _Sets.of(w for w in whole if w is not None),
     ]
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """What units are made of: single channels, numbered as they are, and columns of grids, numbered behind them."""
+
+    of_channel: Atoms
+    columns: tuple[Atoms, ...]
+    score: Scores
+    """Mean importance of what a parameter holds of an element."""
+    free: Flags
+    owned: Flags
+    """Whether a parameter holds any of an element."""
+
+    @classmethod
+    def of(cls, groups: DependencyGroups, scores: Scores, owner: Atoms, free: Flags) -> _Elements:
+        count = groups.num_channels
+        of_channel = np.arange(count)
+        score = np.concatenate([scores, np.zeros(len(groups.columns))])
+        may = np.concatenate([free, np.zeros(len(groups.columns), np.bool_)])
+        owned = np.concatenate([owner >= 0, np.zeros(len(groups.columns), np.bool_)])
+        for number, column in enumerate(groups.columns):
+            held = column[owner[column] >= 0]
+            of_channel[column] = count + number
+            may[count + number] = free[column].all()
+            owned[count + number] = len(held) > 0
+            score[count + number] = scores[held].mean() if len(held) else 0.0
+        return cls(of_channel, groups.columns, score, may, owned)
+
+    @cached_property
+    def is_column(self) -> Flags:
+        """Which elements are columns."""
+        flags = np.zeros(len(self.score), np.bool_)
+        flags[len(self.of_channel) :] = True
+        return flags
+
+    def expanded(self, sets: _Sets) -> _Sets:
+        """Return sets of elements as sets of channels."""
+        if not self.columns or not self.is_column[sets.channels].any():
+            return sets
+        count = len(self.of_channel)
+        ends = np.cumsum(sets.lengths)
+        parts = []
+        for start, end in zip(ends - sets.lengths, ends, strict=True):
+            inside = sets.channels[start:end]
+            whole = [self.columns[e - count] for e in inside[inside >= count].tolist()]
+            parts.append(np.concatenate([inside[inside < count], *whole]))
+        return _Sets.of(parts)
 
 
 def _with_members(groups: DependencyGroups, channel: int) -> Atoms | None:
@@ -278,8 +336,9 @@ def _clusters(nests: Iterable[Atoms]) -> list[list[Atoms]]:
     return list(clusters.values())
 
 
-def _tied(cluster: list[Atoms], scores: Scores, owner: Atoms, free: Flags) -> list[_Sets]:
-    """Return the units of a cluster of nests."""
+def _tied(cluster: list[Atoms], elements: _Elements) -> list[_Sets]:
+    """Return the units of a cluster of nests, as sets of elements."""
+    scores, free, owned = elements.score, elements.free, elements.owned
     channels, counts = _signatures(cluster)
     words = np.random.default_rng(0).integers(1, 2**63, size=counts.shape[1], dtype=np.int64)
     _, cell_of = np.unique(counts @ words, return_inverse=True)  # equal rows have equal sums
@@ -288,16 +347,16 @@ def _tied(cluster: list[Atoms], scores: Scores, owner: Atoms, free: Flags) -> li
     for cell in range(int(cell_of.max()) + 1):
         inside = channels[cell_of == cell]
         if _is_balanced(counts[np.argmax(cell_of == cell)], cluster):
-            sets.append(_Sets.singles(inside[free[inside] & (owner[inside] >= 0)]))
+            sets.append(_Sets.singles(inside[free[inside] & owned[inside]]))
         else:
             tied.append(inside)
     flat = np.concatenate(tied) if tied else np.zeros(0, np.int64)
-    if not len(flat) or not free[flat].all() or not (owner[flat] >= 0).any():
+    if not len(flat) or not free[flat].all() or not owned[flat].any():
         return sets  # a row with a pinned channel holds all rows of its nest back
     count = math.gcd(*map(len, tied))
     ranked = [cell[np.argsort(scores[cell], kind="stable")].reshape(count, -1) for cell in tied]
     together = np.concatenate(ranked, axis=1)
-    return [*sets, _Sets.of(unit for unit in together if (owner[unit] >= 0).any())]
+    return [*sets, _Sets.of(unit for unit in together if owned[unit].any())]
 
 
 def _signatures(cluster: list[Atoms]) -> tuple[Atoms, Atoms]:

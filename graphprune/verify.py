@@ -389,7 +389,19 @@ def _group_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> 
     return out if bias is None else out + bias.reshape(along)
 
 
+def _mean(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
+    x = args[0]
+    dims = _get(args, kwargs, 1, "dim", None) or list(range(x.dim()))
+    keepdim = bool(_get(args, kwargs, 2, "keepdim", False))
+    inside = mask.expand(x.shape).to(x.dtype)
+    # Of a head that is gone nothing is left to count.
+    count = inside.sum(dims, keepdim=keepdim).clamp(min=1)
+    mean: Tensor = (x * inside).sum(dims, keepdim=keepdim) / count
+    return mean
+
+
 _STATISTICS = {
+    "aten::mean": _mean,
     "aten::layer_norm": _layer_norm,
     "aten::rms_norm": _rms_norm,
     "aten::group_norm": _group_norm,

@@ -118,7 +118,7 @@ def test_a_model_is_the_same_every_time_and_nothing_in_it_is_constant() -> None:
 
 def test_constants_vary_around_what_they_were() -> None:
     norm = nn.BatchNorm2d(1000)
-    zoo_models._vary(norm)
+    zoo_models.vary(norm)
     assert 0.5 <= norm.weight.detach().min() < 0.6
     assert 1.4 < norm.weight.detach().max() <= 1.5
     assert 0.01 < norm.bias.detach().std() < 0.03
@@ -129,7 +129,7 @@ def test_constants_vary_around_what_they_were() -> None:
 
 def test_batch_norms_get_the_statistics_of_what_they_see() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.3), nn.Dropout())
-    zoo_models._vary(model)
+    zoo_models.vary(model)
     x = torch.randn(4, 3, 9, 9)
     zoo_models._calibrate(model.eval(), x)
     assert not any(m.training for m in model.modules())

@@ -6,7 +6,9 @@ graph fills with a constant. While labels travel through the graph, rules note f
 - `unify`   two atoms are the same channel;
 - `pin`     an atom may never be removed, and why;
 - `block`   a new atom that is present exactly as long as any of its members is (a head, a convolution group);
-- `nest`    an array of atoms that a tensor holds over several dimensions: all rows that are left keep equal counts.
+- `nest`    an array of atoms that a tensor holds over several dimensions: all rows that are left keep equal counts;
+- `grid`    an array of atoms whose rows meet something that all share (one rotation for all heads): all rows that
+  are left keep the same columns.
 
 Nothing is resolved here; `graphprune.groups` turns the table into coupled channels.
 """
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AtomTable", "Atoms", "Block", "Nest", "Pin"]
+__all__ = ["AtomTable", "Atoms", "Block", "Grid", "Nest", "Pin"]
 
 Atoms = NDArray[np.int64]
 
@@ -53,6 +55,16 @@ class Nest:
     node: str
 
 
+@dataclass(frozen=True)
+class Grid:
+    """An array of atoms whose rows must keep the same columns, unless a row goes as a whole."""
+
+    atoms: Atoms
+    """Shape (rows, columns)."""
+    columns: Atoms
+    """Shape (columns,): an atom for each column, present as long as anything of it is."""
+
+
 @dataclass
 class AtomTable:
     """Everything that propagation learns about atoms."""
@@ -62,9 +74,11 @@ class AtomTable:
     pins: list[Pin] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     nests: list[Nest] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     _block_of: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
     _copies: list[tuple[int, int]] = field(default_factory=list)
     _nested: set[tuple[bytes, tuple[int, ...]]] = field(default_factory=set)
+    _gridded: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
 
     def fresh(self, count: int) -> Atoms:
         """Return `count` atoms that stand for nothing yet."""
@@ -109,6 +123,18 @@ class AtomTable:
             self.blocks.append(Block(rows, flat, is_head))
             self._block_of[key] = rows.reshape(members.shape[:-1])
         return self._block_of[key]
+
+    def grid(self, atoms: Atoms) -> Atoms:
+        """Note that all rows of `atoms`, shape (rows, columns), keep the same columns; return an atom per column.
+
+        A row may go as a whole. An atom of a column is present as long as anything of the column is.
+        """
+        key = (atoms.tobytes(), atoms.shape)
+        if key not in self._gridded:
+            columns = self.block(atoms.T, is_head=False)
+            self.grids.append(Grid(atoms, columns))
+            self._gridded[key] = columns
+        return self._gridded[key]
 
     def nest(self, atoms: Atoms, node: str) -> None:
         """Note that a tensor holds `atoms` over two or more dimensions, outermost first."""

@@ -10,6 +10,7 @@ Sizes of one are never labelled: nothing can be removed from them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -49,8 +50,8 @@ Fields = tuple[Field, ...]
 def coarsen(table: AtomTable, field: Field, dims: Iterable[int]) -> Field:
     """Return `field` seen along `dims` only.
 
-    Where `dims` are the outer dimensions the result holds block atoms (present while anything of the block is).
-    Otherwise all blocks must keep the same indices, and their atoms are unified.
+    The result holds atoms that are present while anything of their block is. Where `dims` are not the outer dimensions,
+    all that is left of the others must keep the same indices along them.
     """
     wanted = set(dims)
     keep = [axis for axis, dim in enumerate(field.dims) if dim in wanted]
@@ -59,11 +60,11 @@ def coarsen(table: AtomTable, field: Field, dims: Iterable[int]) -> Field:
     if keep == list(range(len(keep))):
         shape = field.atoms.shape[: len(keep)]
         return Field(field.dims[: len(keep)], table.block(field.atoms.reshape(*shape, -1)))
-    atoms = field.atoms
-    for axis in reversed(range(len(field.dims))):
-        if axis not in keep:
-            atoms = table.unify_along(atoms, axis)
-    return Field(tuple(field.dims[axis] for axis in keep), atoms)
+    others = [axis for axis in range(len(field.dims)) if axis not in keep]
+    shape = tuple(field.atoms.shape[axis] for axis in keep)
+    rows = field.atoms.transpose([*others, *keep]).reshape(-1, math.prod(shape))
+    columns = table.grid(np.ascontiguousarray(rows))
+    return Field(tuple(field.dims[axis] for axis in keep), columns.reshape(shape))
 
 
 def fix(table: AtomTable, field: Field, dim: int, why: str, node: str) -> None:

@@ -146,6 +146,8 @@ class Trace:
         self.terms: list[MacTerm] = []
         self.unknown: dict[str, list[str]] = {}
         self.seen: Counter[str] = Counter()
+        self.squares: set[int] = set()
+        """Identities of tensors that hold squares: their mean is a norm's statistic."""
         self._fields: dict[int, Fields] = {}
         self._sources: dict[int, Source] = {}
         self._twins: dict[int, Tensor] = {}

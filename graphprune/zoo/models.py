@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphprune.errors import UsageError
 
-__all__ = ["FAST", "SUITES", "ZooModel", "select", "torchvision_models"]
+__all__ = ["FAST", "SUITES", "ZooModel", "select", "torchvision_models", "vary"]
 
-Kind = Literal["classification", "segmentation", "video"]
+Kind = Literal["classification", "segmentation", "video", "transformers"]
+Library = Literal["torchvision", "transformers"]
 
 FAST = (
     "alexnet",
@@ -58,6 +59,11 @@ class ZooModel:
     """One sample: channels, (frames,) height, width."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What its constructor gets besides ``weights=None``."""
+    library: Library = "torchvision"
+    outputs: tuple[str, ...] = ()
+    """The outputs that count; empty: all."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """What a table asks about -> the parameter dimension, ``name[dim]``, that shows whether it can go."""
 
     @property
     def input_text(self) -> str:
@@ -69,16 +75,16 @@ class ZooModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: nn.Module = tv.get_model(self.name, weights=None, **self.options)
-            _vary(model)
+            vary(model)
             _calibrate(model.eval(), self.example(batch=_CALIBRATION_BATCH, seed=seed))
         return model
 
-    def example(self, *, batch: int = 1, seed: int = 0) -> Tensor:
+    def example(self, *, batch: int = 1, seed: int = 0) -> Any:
         """Return standard normal inputs."""
         return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _vary(model: nn.Module) -> None:
+def vary(model: nn.Module) -> None:
     """Make constant parameters and buffers vary: a slice of the wrong channels would not show in them.
 
     Fresh models hold many: batch norms at 0 and 1, biases at 0, whole classifiers at 0.
@@ -157,9 +163,16 @@ def _model(name: str, kind: Kind) -> ZooModel:
     return ZooModel(name=name, kind=kind, shape=shape, options=options)
 
 
+def _transformers_models() -> tuple[ZooModel, ...]:
+    from graphprune.zoo.transformers import transformers_models
+
+    return transformers_models()
+
+
 SUITES: Mapping[str, Callable[[], tuple[ZooModel, ...]]] = {
     "torchvision": torchvision_models,
     "fast": lambda: select(torchvision_models(), FAST),
+    "transformers": _transformers_models,
 }
 """Name of a suite -> its models."""
 

@@ -66,6 +66,8 @@ class Row:
     macs: tuple[int, int] | None = None
     """Before and after, for one sample, from the cost model."""
     groups: int | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """What the model's table asks about -> ``yes`` where it can go, else why not."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """capture, analyse, choose, cut, and ``all``: the whole row, proof and export included."""
     captured: Check | None = None
@@ -135,7 +137,9 @@ class _State:
 def _fill(state: _State, model: ZooModel, job: Job) -> None:
     module, example = model.build(), model.example()
     started = time.perf_counter()
-    program = capture(module, example, source=f"torchvision:{model.name}")
+    program = capture(
+        module, example, outputs=model.outputs, source=f"{model.library}:{model.name}"
+    )
     seconds = {"capture": time.perf_counter() - started}
     batch = "" if program.dynamic_batch else ", fixed batch"
     captured = _compare(module, program)
@@ -154,6 +158,7 @@ def _fill(state: _State, model: ZooModel, job: Job) -> None:
         params=(_count(program), _count(result.program)),
         macs=(dense.macs, after.macs),
         groups=len(groups),
+        parts=_parts(groups, model.parts),
         seconds=seconds,
         surgery=result.checks["surgery"],
     )
@@ -164,6 +169,15 @@ def _fill(state: _State, model: ZooModel, job: Job) -> None:
         exported = _export(result.program)
         state.set(onnx=exported.checks["onnx"])
         _require(exported.checks["onnx"], "onnx")
+
+
+def _parts(groups: DependencyGroups, places: Mapping[str, str]) -> dict[str, str]:
+    """Say of each place whether its channels can go."""
+    found = {}
+    for part, place in places.items():
+        group = next((g for g in groups if place in map(str, g.places)), None)
+        found[part] = "none" if group is None else group.pinned or "yes"
+    return found
 
 
 def _surgery(job: Job) -> str:
@@ -183,6 +197,8 @@ def _count(program: Program) -> int:
 def _compare(model: nn.Module, program: Program) -> Check:
     """Compare the outputs of a program with those of the model that it was captured from."""
     inputs = program.batch(2, seed=2)
+    if program.calling is not None:
+        model = program.calling.bind(model)
     with torch.no_grad():
         pairs = zip(tree_leaves(model(*inputs)), tree_leaves(program.module(*inputs)), strict=True)
         errors = [

@@ -36,6 +36,7 @@ def to_markdown(rows: Sequence[Row], *, command: str, machine: str) -> str:
         machine: What the seconds were measured on.
     """
     failed = [row for row in rows if not row.passed]
+    parts = tuple(dict.fromkeys(part for row in rows for part in row.parts))
     lines = [
         "# Model zoo",
         "",
@@ -47,10 +48,12 @@ def to_markdown(rows: Sequence[Row], *, command: str, machine: str) -> str:
         "ONNX error: largest absolute difference between torch and ONNX Runtime over three batch sizes, held to a",
         "tolerance that follows the size of the outputs.",
         "",
-        "| " + " | ".join(_HEADER) + " |",
-        "|---" * 3 + "|--:" * 10 + "|---|",
+        "| " + " | ".join((*_HEADER, *parts)) + " |",
+        "|---" * 3 + "|--:" * 10 + "|---|" + "---|" * len(parts),
     ]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    for row in rows:
+        cells = (*_cells(row), *(row.parts.get(part, "") for part in parts))
+        lines.append("| " + " | ".join(cells) + " |")
     for row in failed:
         lines += [
             "",

@@ -60,11 +60,15 @@ class TestCoarsen:
         assert table.blocks[0].members.tolist() == field.atoms.tolist()
         assert pairs(table) == []
 
-    def test_inner_dimensions_are_one_for_all_blocks(self, table: AtomTable) -> None:
+    def test_inner_dimensions_are_columns_that_all_blocks_keep(self, table: AtomTable) -> None:
         inner = coarsen(table, joint(table), (2,))
-        assert (inner.dims, inner.atoms.tolist()) == ((2,), [0, 1, 2])
-        assert pairs(table) == [(0, 3), (1, 4), (2, 5)]
-        assert table.blocks == []
+        assert (inner.dims, inner.atoms.tolist()) == ((2,), [6, 7, 8])
+        assert pairs(table) == []
+        assert [(g.atoms.tolist(), g.columns.tolist()) for g in table.grids] == [
+            ([[0, 1, 2], [3, 4, 5]], [6, 7, 8])
+        ]
+        assert table.blocks[0].members.tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert not table.blocks[0].is_head
 
 
 class TestFix:
@@ -148,7 +152,8 @@ class TestMeet:
     def test_joint_label_meets_what_is_inside_its_blocks(self, table: AtomTable) -> None:
         wide, narrow = joint(table), Field((2,), table.fresh(3))
         assert self.meet(table, ((wide,), {1, 2}), ((narrow,), {2})) == (wide,)
-        assert pairs(table) == [(0, 3), (0, 6), (1, 4), (1, 7), (2, 5), (2, 8)]
+        assert pairs(table) == [(6, 9), (7, 10), (8, 11)]
+        assert table.grids[0].columns.tolist() == [9, 10, 11]
 
     def test_other_nesting_order_demands_equal_indices(self, table: AtomTable) -> None:
         a = joint(table, (1, 2), (2, 2))

@@ -60,7 +60,21 @@ def _elementwise(trace: Trace, call: Call, dtype: torch.dtype | None) -> Any:
 @rule(*_SAME)
 def same(trace: Trace, call: Call) -> Any:
     """Give the output the labels of all operands, unified."""
-    return _elementwise(trace, call, None)
+    out = _elementwise(trace, call, None)
+    if _is_square(call) or (call.name in _CASTS and id(call.args[0]) in trace.squares):
+        trace.squares.add(id(out))
+    return out
+
+
+_CASTS = frozenset({"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous"})
+
+
+def _is_square(call: Call) -> bool:
+    if call.name in ("aten::mul", "aten::multiply"):
+        return call.args[0] is call.args[1]
+    return call.name == "aten::square" or (
+        call.name == "aten::pow" and call.arg(1, "exponent") == 2
+    )
 
 
 @rule(*_BOOLEAN)

@@ -1,7 +1,8 @@
 """Reductions: what is left after a dimension is summed, averaged, compared or normalised over.
 
-A sum over channels is a contraction with ones. Any other statistic over channels would change with their number, so the
-channels are pinned; over space or time nothing happens to the label.
+A sum over channels is a contraction with ones. The mean of their squares is what an RMS norm divides by: as in
+`normalization`, the proof takes it over the kept channels. Any other statistic over channels would change with their
+number, so the channels are pinned; over space or time nothing happens to the label.
 """
 
 from __future__ import annotations
@@ -68,9 +69,8 @@ def reduce(trace: Trace, call: Call) -> Any:
     out = trace.run(call)
     name = call.func._schema.name
     # A p-norm or a mean over channels changes with their number; a sum does not.
-    fields = _left(
-        trace, call, x, _dims(given, x.dim()), keepdim=keepdim, is_sum=name == "aten::sum"
-    )
+    is_sum = name == "aten::sum" or (name == "aten::mean" and id(x) in trace.squares)
+    fields = _left(trace, call, x, _dims(given, x.dim()), keepdim=keepdim, is_sum=is_sum)
     return _labelled(trace, out, fields)
 
 
