@@ -52,8 +52,8 @@ class Start:
     model: nn.Module
     example: Tensor
     data: DataSource
-    inner: tuple[str, ...]
-    """Modules whose outputs Torch-Pruning may cut."""
+    inner: tuple[str, ...] | None = None
+    """Modules whose outputs Torch-Pruning may cut; None: all but the last linear layer."""
     cuts: dict[tuple[str, float, int], Program] = field(default_factory=dict)
     """What Torch-Pruning made, by criterion, ratio and seed: searches for several targets try the same ratios."""
 
@@ -151,9 +151,9 @@ def _torch_pruning(start: Start, criterion: str, ratio: float, seed: int) -> nn.
     except ImportError as error:
         raise UsageError("the comparison needs Torch-Pruning: pip install -e '.[bench]'") from error
     model = copy.deepcopy(start.model).eval()
-    inner = set(start.inner)
-    kinds = (nn.Conv2d, nn.Linear)
-    fixed = [m for name, m in model.named_modules() if isinstance(m, kinds) and name not in inner]
+    named = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    inner = set(list(named)[:-1] if start.inner is None else start.inner)
+    fixed = [module for name, module in named.items() if name not in inner]
     kind = getattr(torch_pruning.importance, criterion)
     importance = (
         kind(num_classes=start.data.num_classes) if criterion == "OBDCImportance" else kind()
