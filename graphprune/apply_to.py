@@ -1,9 +1,10 @@
 """Put a cut back into the user's own class: the same module, smaller, where its attributes can hold the cut.
 
 Parameters and buffers take the cut program's values, and modules take the sizes that the cut wrote into their
-counterparts. What the user's ``forward`` says in literal numbers (a ``view`` with sizes, split attention heads)
-no attribute can change; so the result is run beside the cut program, and an error says which literals stood in
-the way.
+counterparts. A size that the graph holds as a number often comes from an attribute of the module that the node belongs
+to (``head_dim``, ``num_heads``): an attribute of the old value takes the new one, where all nodes of the module agree
+on it. What the user's ``forward`` says in literal numbers no attribute can change. So the result is run beside the cut
+program, and an error says which literals stood in the way.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from graphprune.cut import Cut, cut_program
@@ -46,8 +47,46 @@ def apply_plan_to(model: nn.Module, program: Program, cut: Program, plan: Plan) 
         module = _submodule(smaller, path)
         for name, value in attributes.items():
             setattr(module, name, value)
+    _take_sizes(smaller, program, changes)
+    _take_shapes(smaller)
     _assert_equal(smaller, cut, changes)
     return smaller
+
+
+def _take_sizes(model: nn.Module, program: Program, changes: Cut) -> None:
+    """Change the attributes that hold sizes which the cut rewrote in the nodes of the same module."""
+    owners = {n.name: _owner(n) for n in program.module.graph.nodes}
+    known: dict[str, dict[int, set[int]]] = {}
+    for change in changes.literals:
+        for old, new in change.sizes:
+            known.setdefault(owners[change.node], {}).setdefault(old, set()).add(new)
+    modules = dict(model.named_modules())
+    for path, sizes in known.items():
+        agreed = {old: new.pop() for old, new in sizes.items() if len(new) == 1}
+        module = modules.get(path)
+        if module is None:
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and value in agreed:
+                setattr(module, name, agreed[value])
+            elif type(value) is tuple and value and all(type(v) is int for v in value):
+                setattr(module, name, tuple(agreed.get(v, v) for v in value))
+
+
+def _owner(node: fx.Node) -> str:
+    """Return the path of the module whose ``forward`` made the node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()), ("",))[0] if stack else ""
+    return str(path).removeprefix("L['self'].").removeprefix("L__self__.")
+
+
+def _take_shapes(model: nn.Module) -> None:
+    """Let plain layers say the sizes of their weights."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = module.weight.shape[1]
 
 
 def _take_tensors(model: nn.Module, cut: Program) -> None:
@@ -89,7 +128,10 @@ def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut) -> None:
         if literals
         else "its forward depends on the sizes that were cut"
     )
-    advice = "Use result.program.module, which runs without the class."
+    advice = (
+        "Use result.program.module, which runs without the class; or leave the dimensions of attention heads alone, "
+        "with granularity='widths,heads'."
+    )
     inputs = cut.batch(2)
     run = smaller if cut.calling is None else cut.calling.bind(smaller)
     with torch.inference_mode():

@@ -38,8 +38,17 @@ __all__ = [
     "parse_granularity",
 ]
 
-Granularity = Literal["channels", "heads"]
-GRANULARITIES: tuple[Granularity, ...] = ("channels", "heads")
+Granularity = Literal["channels", "widths", "head-dims", "query-key-dims", "value-dims", "heads"]
+GRANULARITIES: tuple[Granularity, ...] = (
+    "channels",
+    "widths",
+    "head-dims",
+    "query-key-dims",
+    "value-dims",
+    "heads",
+)
+"""What may go: any channel; those outside of attention heads; those inside them, or only the ones that queries and keys
+meet along, or only those of values; whole heads."""
 Flags = NDArray[np.bool_]
 Scores = NDArray[np.float64]
 
@@ -131,7 +140,7 @@ class Bundles:
 
 
 def parse_granularity(text: str) -> tuple[Granularity, ...]:
-    """Parse ``channels``, ``heads`` or both with a comma.
+    """Parse names of `GRANULARITIES`, several with commas.
 
     Raises:
         UsageError: Something else is named.
@@ -152,7 +161,7 @@ def find_units(
     Args:
         groups: The analysis.
         scores: Importance of every coupled channel, shape (num_channels,).
-        granularity: What may go: single channels, whole attention heads, or both.
+        granularity: What may go; see `GRANULARITIES`.
 
     Returns:
         Units in group order. Units of different granularity may overlap; units of one granularity do not.
@@ -165,12 +174,37 @@ def find_units(
     heads[blocks.rows[blocks.is_head]] = True
     free = ~groups.pinned
     parts: list[_Sets] = []
-    if "channels" in granularity:
-        parts += _channel_sets(groups, scores, owner, free & ~heads)
+    if any(name != "heads" for name in granularity):
+        sets = _channel_sets(groups, scores, owner, free & ~heads)
+        parts += [_wanted(groups, part, granularity) for part in sets]
     num_channel_sets = sum(len(p.lengths) for p in parts)
     if "heads" in granularity:
         parts.append(_Sets.of(_head_sets(groups, owner, free & heads)))
     return _as_units(parts, num_channel_sets, scores, owner)
+
+
+def _wanted(groups: DependencyGroups, sets: _Sets, granularity: Sequence[Granularity]) -> _Sets:
+    """Return the sets that a granularity speaks of."""
+    if "channels" in granularity or not len(sets.lengths):
+        return sets
+    inside = np.zeros(groups.num_channels, np.bool_)
+    inside[groups.blocks.members[groups.blocks.is_head[groups.blocks.owner]]] = True
+    met = np.zeros(groups.num_channels, np.bool_)
+    for atoms in groups.labels.table.products:
+        met[groups.channel_of[atoms]] = True
+    number = np.repeat(np.arange(len(sets.lengths)), sets.lengths)
+    in_head, meets = (
+        np.bincount(number, flags[sets.channels], minlength=len(sets.lengths)) > 0
+        for flags in (inside, inside & met)
+    )
+    kinds = {
+        "widths": ~in_head,
+        "head-dims": in_head,
+        "query-key-dims": meets,
+        "value-dims": in_head & ~meets,
+    }
+    chosen = np.logical_or.reduce([kinds[name] for name in granularity if name in kinds])
+    return _Sets(sets.channels[chosen[number]], sets.lengths[chosen])
 
 
 @dataclass(frozen=True)

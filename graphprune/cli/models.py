@@ -77,7 +77,8 @@ def compile(
         typer.Option(
             "--granularity",
             metavar="NAMES",
-            help="What may go: channels, heads, or both with a comma.  [default: channels]",
+            help="What may go, several with commas: channels (any); widths (channels outside of attention heads); "
+            "head-dims, query-key-dims, value-dims (those inside); heads.  [default: channels]",
             show_default=False,
         ),
     ] = None,

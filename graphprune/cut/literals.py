@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from graphprune.cut.numbers import Numbers
 from graphprune.cut.shapes import Shapes
@@ -32,6 +33,8 @@ class LiteralChange:
     argument: str
     old: str
     new: str
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Every plain number of the argument, before and after."""
 
 
 @dataclass
@@ -175,11 +178,16 @@ def _differences(node: fx.Node, before: tuple[Any, dict[str, Any], Any]) -> list
     changes = []
     if node.target is not target:
         changes.append(LiteralChange(node.name, "target", str(target), str(node.target)))
-    if node.args != args:
-        changes.append(LiteralChange(node.name, "args", str(args), str(node.args)))
-    if dict(node.kwargs) != kwargs:
-        changes.append(LiteralChange(node.name, "kwargs", str(kwargs), str(dict(node.kwargs))))
+    for name, old, new in (("args", args, node.args), ("kwargs", kwargs, dict(node.kwargs))):
+        if new != old:
+            changes.append(LiteralChange(node.name, name, str(old), str(new), _numbers(old, new)))
     return changes
+
+
+def _numbers(old: Any, new: Any) -> tuple[tuple[int, int], ...]:
+    """Return the plain numbers that stand at the same places of nested arguments."""
+    pairs = zip(tree_leaves(old), tree_leaves(new), strict=False)
+    return tuple((a, b) for a, b in pairs if type(a) is int and type(b) is int)
 
 
 # -- sizes of the output ------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ class AtomTable:
     blocks: list[Block] = field(default_factory=list)
     nests: list[Nest] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
+    products: list[Atoms] = field(default_factory=list)
+    """Atoms over several dimensions, one of which a contraction sums over: queries and keys of heads meet along it."""
     _block_of: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
     _copies: list[tuple[int, int]] = field(default_factory=list)
     _nested: set[tuple[bytes, tuple[int, ...]]] = field(default_factory=set)

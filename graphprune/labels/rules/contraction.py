@@ -66,6 +66,7 @@ def contracted(
         if len(rest) == len(field.dims):
             result.append(field)
         elif rest:
+            trace.table.products.append(field.atoms)
             result.append(coarsen(trace.table, field, rest))
     return tuple(result)
 
@@ -129,6 +130,8 @@ def attention(trace: Trace, call: Call) -> Any:
     query, key, value = call.args[:3]
     mask = call.arg(3, "attn_mask")
     rank = query.dim()
+    if call.arg(7, "enable_gqa", False):
+        key, value = (_repeated(trace, t, query.shape[-3]) for t in (key, value))
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     length, steps = query.shape[-2], key.shape[-2]
     lead = list(range(rank - 2))
@@ -149,6 +152,19 @@ def attention(trace: Trace, call: Call) -> Any:
         rank,
     )
     return trace.new((*batch, length, value.shape[-1]), query, fields)
+
+
+def _repeated(trace: Trace, x: Tensor, heads: int) -> Tensor:
+    """Return `x` with each head as often as there are query heads for it: those of a group go together."""
+    dim = x.dim() - 3
+    times = heads // x.shape[dim]
+    if times == 1 or x.shape[dim] == 1:
+        return x
+    fields = tuple(
+        Field(f.dims, f.atoms.repeat(times, axis=f.dims.index(dim))) if dim in f.dims else f
+        for f in trace.fields(x)
+    )
+    return trace.new((*x.shape[:dim], heads, *x.shape[dim + 1 :]), x, fields)
 
 
 # -- convolution --------------------------------------------------------------------------------------------------
