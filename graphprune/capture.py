@@ -28,11 +28,12 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
+from graphprune import onnx_import
 from graphprune.calling import calling_of
 from graphprune.errors import AnalysisError, CaptureError, InputError, LoadError
 from graphprune.inputs import infer_inputs
 from graphprune.labels import propagate
-from graphprune.load import ScriptedModel, load_model, load_weights
+from graphprune.load import ScriptedModel, is_onnx, load_model, load_weights
 from graphprune.lowering import copies, exported, sized, symbolic
 from graphprune.lowering.sized import may_vary, resize
 from graphprune.program import Program
@@ -56,8 +57,8 @@ def capture(
     """Turn a model into a Program, in evaluation mode.
 
     Args:
-        model: A module, an exported program, or a MODEL text: a file, ``torchvision:NAME``, ``timm:NAME`` or
-            ``package.module:factory``.
+        model: A module, an exported program, or a MODEL text: a file (``.onnx`` among them), ``torchvision:NAME``,
+            ``timm:NAME`` or ``package.module:factory``.
         example_inputs: One tensor, or one per positional input, or a mapping from parameter names to tensors (what is
             no tensor in it stays as it is); taken from the model where it states its own.
         outputs: Which outputs of the model count, by key or position; channels that only the others need may go. All of
@@ -75,6 +76,14 @@ def capture(
         InputError: There are no example inputs, or the model fails on them.
         CaptureError: Neither tracer can turn the model into a graph.
     """
+    if isinstance(model, str) and is_onnx(model):
+        if weights is not None:
+            raise LoadError(f"{model} holds its weights: leave out --weights {weights}")
+        if outputs or isinstance(example_inputs, Mapping):
+            raise InputError(
+                f"{model} is an ONNX file, whose inputs go by position and whose outputs all stay"
+            )
+        return _capture_onnx(model, example_inputs, source=source or model)
     if isinstance(model, str):
         source = source or model
         model = load_model(model, weights=weights, trust=trust, trust_all=trust_all)
@@ -190,6 +199,26 @@ def _capture_exported(program: ExportedProgram, example_inputs: Any, *, source: 
     dynamic = exported.has_dynamic_batch(program)
     return Program(
         module=module, example_inputs=inputs, dialect="export", dynamic_batch=dynamic, source=source
+    )
+
+
+def _capture_onnx(
+    path: str, example_inputs: Tensor | Sequence[Tensor] | None, *, source: str
+) -> Program:
+    model = onnx_import.read_onnx(path)
+    given = None if example_inputs is None else _as_tuple(example_inputs)
+    inputs = onnx_import.example_inputs(model, given)
+    module = onnx_import.build_graph(model, inputs)
+    inputs = onnx_import.example_inputs(model, given, onnx_import.rows_of_inputs(module))
+    _check_finite(module, source)
+    if all(spec.is_batched for spec in model.inputs) and may_vary(inputs):
+        program = _dynamic_program(module, inputs, source)
+        if program is not None:
+            return program
+        # What follows the batch is a node of the graph, so it runs at the example's own size all the same.
+    _check_accepts(module, inputs, source)
+    return Program(
+        module=module, example_inputs=inputs, dialect="fx", dynamic_batch=False, source=source
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from graphprune.check import Check
 from graphprune.defaults import (
     DEFAULT_GRANULARITY,
     DEFAULT_METHOD,
@@ -114,8 +115,8 @@ def compile(
     The model that is given stays as it is.
 
     Args:
-        model: A module, or what the command line calls MODEL: a file, ``torchvision:NAME``, ``timm:NAME`` or
-            ``package.module:factory``; a captured program does as well.
+        model: A module, or what the command line calls MODEL: a file (``.onnx`` among them), ``torchvision:NAME``,
+            ``timm:NAME`` or ``package.module:factory``; a captured program does as well.
         example_inputs: One tensor, a tuple of tensors, or a mapping from parameter names to tensors, such as what a
             tokenizer returns; with `data` they may be left out, as for models that state their own.
         target: What to reach: ``macs=``, ``params=`` or ``ratio=``, several with commas.
@@ -332,6 +333,7 @@ class _Job:
 
     def run(self, pipeline: Pipeline, folder: Staging) -> CompileResult:
         dense = self.capture()
+        imported = self.import_check(dense)
         accuracy_before = self.accuracy(dense)
         result = pipeline.run(
             dense,
@@ -356,7 +358,7 @@ class _Job:
             environment=environment(self.device),
             before=_figures(dense, result.measurements.get("before", {}), accuracy_before),
             after=_figures(result.program, result.measurements.get("after", {}), accuracy_after),
-            checks={"surgery": None, "onnx": None, **result.checks},
+            checks={"surgery": None, "onnx": None, **imported, **result.checks},
             removed=result.removed,
             kept=result.kept,
             passes=result.records,
@@ -395,6 +397,17 @@ class _Job:
                 trust=self.trust,
                 trust_all=self.trust_all,
             )
+
+    def import_check(self, dense: Program) -> dict[str, Check]:
+        """Compare a program that was read from an ONNX file with that file in ONNX Runtime."""
+        from graphprune.load import is_onnx
+        from graphprune.runtime import open_session, parity
+
+        if isinstance(self.model, (nn.Module, Program)) or not is_onnx(str(self.model)):
+            return {}
+        with self.progress.task("comparing with the file in ONNX Runtime"):
+            session = open_session(self.model, self.device.replace("cuda", "auto"))
+            return {"import": parity(dense, session, seed=self.seed)}
 
     def inputs(self) -> Any:
         """Return the example inputs: what was given, else random ones of the data's shape."""

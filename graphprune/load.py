@@ -27,12 +27,12 @@ from torch.export import ExportedProgram
 from graphprune import unpickle
 from graphprune.errors import GraphpruneError, LoadError
 
-__all__ = ["ScriptedModel", "load_model", "load_weights", "read_weights"]
+__all__ = ["ScriptedModel", "is_onnx", "load_model", "load_weights", "read_weights"]
 
 _SHOWN = 4
 _SEED = 0
 _FILES = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors", ".onnx")
-_FORMS = "expected a file (.pt, .pth, .pt2), torchvision:NAME, timm:NAME or package.module:factory"
+_FORMS = "expected a file (.pt, .pth, .pt2, .onnx), torchvision:NAME, timm:NAME or package.module:factory"
 _DAMAGED = (
     RuntimeError,
     ValueError,
@@ -44,6 +44,18 @@ _DAMAGED = (
     OSError,
     ImportError,
 )
+
+
+def is_onnx(text: str) -> bool:
+    """Say whether a MODEL text is an ONNX file; one that is not readable as a file is refused.
+
+    Raises:
+        LoadError: The file is missing, empty or not readable.
+    """
+    if Path(text).suffix.lower() != ".onnx":
+        return False
+    _check_readable(Path(text))
+    return True
 
 
 def load_model(

@@ -38,7 +38,7 @@ from graphprune.program import Program
 __all__ = ["Masked", "assert_exact", "verify_surgery"]
 
 SAMPLES = 2
-"""How many random samples both programs run on."""
+"""How many random samples both programs run on, unless labels were found for another number."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference, relative to the largest value of the tensor: sums in another order differ by rounding
 alone, which grows with depth; a wrong channel differs by the size of the values themselves."""
@@ -82,7 +82,9 @@ def verify_surgery(before: Program, after: Program, reference: Masked | None = N
     dtype = torch.float64 if _fits(before, after) else torch.float32
     tolerance = TOLERANCE[dtype]
     before, after = (_as(p, dtype) for p in (before, after))
-    inputs = before.batch(SAMPLES, seed=1, dtype=dtype)
+    # A label over batch and channels in one dimension (attention written for ``batch * heads``) fits one batch only.
+    samples = SAMPLES if reference is None else reference.groups.labels.batch
+    inputs = before.batch(samples, seed=1, dtype=dtype)
     with torch.inference_mode(), _default_dtype(dtype):
         try:
             worst = _compare(before, after, inputs, reference, tolerance)
@@ -91,7 +93,7 @@ def verify_surgery(before: Program, after: Program, reference: Masked | None = N
                 max_abs_err=error.difference, tolerance=tolerance, passed=False, detail=str(error)
             )
     what = "masked program" if reference is not None else "program before"
-    detail = f"{str(dtype).removeprefix('torch.')}, {what} on {SAMPLES} random samples, relative to the largest value"
+    detail = f"{str(dtype).removeprefix('torch.')}, {what} on {samples} random samples, relative to the largest value"
     return Check(max_abs_err=worst, tolerance=tolerance, passed=worst <= tolerance, detail=detail)
 
 

@@ -46,7 +46,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A .pt, .pth or .pt2 file, torchvision:NAME, timm:NAME, or package.module:factory.",
+        help="A .pt, .pth, .pt2 or .onnx file, torchvision:NAME, timm:NAME, or package.module:factory.",
         show_default=False,
     ),
 ]
