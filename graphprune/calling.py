@@ -33,6 +33,8 @@ class Calling:
     """The parameter that each input is given as; empty: inputs are given by position."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Parameter -> a value that is no tensor and always the same."""
+    as_list: bool = False
+    """Whether all inputs are given as one list, as detectors take their images."""
     outputs: tuple[str, ...] = ()
     """Keys (or positions) of the result that count; empty: all that are tensors."""
 
@@ -47,6 +49,12 @@ class Calling:
         bound.__class__ = self._class(type(model))
         return bound
 
+    def release(self, bound: nn.Module) -> nn.Module:
+        """Return a copy of what `bind` made, with the same tensors, of the model's own class again."""
+        released = copy_structure(bound)
+        released.__class__ = type(bound).__mro__[1]
+        return released
+
     def _class(self, kind: type[nn.Module]) -> type[nn.Module]:
         calling, forward = self, kind.forward
 
@@ -54,6 +62,8 @@ class Calling:
             if calling.names:
                 named = dict(zip(calling.names, inputs, strict=False)) | named
                 inputs = ()
+            if calling.as_list:
+                inputs = (list(inputs),)
             return calling.select(forward(self, *inputs, **calling.constants, **named))
 
         # Tracers read from the signature how many inputs there are and what they are called.
@@ -61,6 +71,13 @@ class Calling:
             kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
             parameters = [inspect.Parameter(name, kinds) for name in ("self", *self.names)]
             signature = inspect.Signature(parameters)
+        elif self.as_list:
+            signature = inspect.Signature(
+                [
+                    inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+                    inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL),
+                ]
+            )
         else:
             signature = inspect.signature(forward)
         call.__signature__ = signature  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ from torch.nn.modules.module import (
 from torch.utils._pytree import tree_leaves
 
 from graphprune import onnx_import
-from graphprune.calling import calling_of
+from graphprune.calling import Calling, calling_of
 from graphprune.errors import AnalysisError, CaptureError, InputError, LoadError
 from graphprune.inputs import infer_inputs
 from graphprune.labels import propagate
@@ -37,8 +37,9 @@ from graphprune.load import ScriptedModel, is_onnx, load_model, load_weights
 from graphprune.lowering import copies, exported, sized, symbolic
 from graphprune.lowering.sized import may_vary, resize
 from graphprune.program import Program
+from graphprune.uncaptured import capture_whole
 
-__all__ = ["capture"]
+__all__ = ["capture", "capture_graph"]
 
 _PROBE_BATCH = 3
 _INPUT_HINT = "give one with --input 1x3x224x224 (or example_inputs=torch.randn(1, 3, 224, 224))"
@@ -106,18 +107,96 @@ def capture(
     if not isinstance(example_inputs, Tensor) and not example_inputs:
         raise InputError(f"{source} does not state the shape of its input: {_INPUT_HINT}")
     calling, tensors = calling_of(model, example_inputs, outputs)
-    inputs = _as_inputs(model, tensors, source, by_name=calling is not None and bool(calling.names))
     with _evaluation_mode(model):
-        program = _capture_module(model if calling is None else calling.bind(model), inputs, source)
-    if calling is None:
+        if not outputs and not isinstance(example_inputs, Mapping):
+            listed = Calling(as_list=True)
+            if _takes_list(model, listed, _as_tuple(tensors)):
+                return _capture_listed(model, listed, _as_tuple(tensors), source)
+        by_name = calling is not None and bool(calling.names)
+        inputs = _as_inputs(model, tensors, source, by_name=by_name)
+        bound = model if calling is None else calling.bind(model)
+        program = _capture_module(bound, inputs, source, calling)
+    if program.calling is calling:
         return program
     called = dataclasses.replace(program, calling=calling)
     called.memo.update(program.memo)
     return called
 
 
-def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -> Program:
+def capture_graph(model: nn.Module, inputs: tuple[Tensor, ...], *, source: str) -> Program:
+    """Return `model` as a graph.
+
+    Raises:
+        InputError: The model fails on `inputs`.
+        CaptureError: No tracer captures it.
+    """
     reasons: list[str] = []
+    with _evaluation_mode(model):
+        program = _traced(model, inputs, source, reasons)
+        if program is not None:
+            return program
+        _check_accepts(model, inputs, source)
+        return _export_module(model, inputs, source, reasons)
+
+
+def _takes_list(model: nn.Module, calling: Calling, inputs: tuple[Tensor, ...]) -> bool:
+    """Say whether a model takes its tensors as one list, as detectors take images, and not one by one.
+
+    Only what says so by the name of its first parameter is asked, by running it.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    if not names or names[0] not in _LIST_NAMES or any(t.dim() > 3 for t in inputs):
+        return False
+    return _runs(calling.bind(model), inputs)
+
+
+_LIST_NAMES = ("images", "inputs", "xs", "tensors", "image_list", "batched_inputs")
+
+
+def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    # The model's own code: any failure means that it cannot be called like this.
+    except Exception:
+        return False
+    return True
+
+
+def _capture_listed(
+    model: nn.Module, calling: Calling, inputs: tuple[Tensor, ...], source: str
+) -> Program:
+    """Capture a model that takes its tensors as one list."""
+    bound = calling.bind(model)
+    reasons: list[str] = []
+    program = _traced(bound, inputs, source, reasons)
+    if program is not None:
+        return dataclasses.replace(program, calling=calling)
+    reasons.append("torch.export: not tried on a model that takes a list of tensors")
+    return capture_whole(bound, inputs, source, reasons, calling=calling)
+
+
+def _capture_module(
+    model: nn.Module, inputs: tuple[Tensor, ...], source: str, calling: Calling | None = None
+) -> Program:
+    reasons: list[str] = []
+    program = _traced(model, inputs, source, reasons)
+    if program is not None:
+        return program
+    if not _is_meta(model):
+        _check_accepts(model, inputs, source)
+    try:
+        return _export_module(model, inputs, source, reasons)
+    except CaptureError:
+        if isinstance(model, ScriptedModel) or _is_meta(model):
+            raise
+    return capture_whole(model, inputs, source, reasons, calling=calling)
+
+
+def _traced(
+    model: nn.Module, inputs: tuple[Tensor, ...], source: str, reasons: list[str]
+) -> Program | None:
+    """Return the graph of the first tracer that follows the model; `reasons` takes those of the others."""
     for name, tracer in _TRACERS.items():
         try:
             module = tracer(model, inputs)
@@ -140,9 +219,7 @@ def _capture_module(model: nn.Module, inputs: tuple[Tensor, ...], source: str) -
                 source=source,
             )
         reasons.append(f"{name}: the graph does not compute the shapes that the model computes")
-    if not _is_meta(model):
-        _check_accepts(model, inputs, source)
-    return _export_module(model, inputs, source, reasons)
+    return None
 
 
 def _is_meta(model: nn.Module) -> bool:

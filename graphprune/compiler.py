@@ -6,7 +6,7 @@ Both build a pipeline as text (`graphprune.defaults`), and this module knows no 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -362,6 +362,7 @@ class _Job:
             removed=result.removed,
             kept=result.kept,
             passes=result.records,
+            whole=_whole(dense, result.measurements),
             parameters=parameter_changes(dense, result.program),
         )
         if plan is not None:
@@ -427,6 +428,16 @@ class _Job:
             device=self.device,
             progress=self.progress,
         )
+
+
+def _whole(dense: Program, measurements: Mapping[str, Any]) -> dict[str, Any] | None:
+    if dense.dialect != "module":
+        return None
+    return {
+        "untraced": list(dense.untraced),
+        "exported": dict(measurements.get("exported_parts", {})),
+        "not_written": dict(measurements.get("not_written", {})),
+    }
 
 
 def _figures(program: Program, measured: Any, accuracy: float | None) -> Figures:

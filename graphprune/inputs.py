@@ -185,6 +185,8 @@ def infer_inputs(model: nn.Module) -> Any:
         )
     elif family.startswith("torchvision.models.inception"):
         shape = (1, 3, 299, 299)
+    elif family.startswith("torchvision.models.detection"):
+        shape = (3, 320, 320)  # one image
     elif family.startswith("torchvision.models"):
         size = getattr(model, "image_size", 224)
         shape = (1, 3, size, size) if isinstance(size, int) else (1, 3, 224, 224)

@@ -6,6 +6,9 @@ surgeries it has been through. It is frozen: a pass that changes something retur
 Two dialects share everything downstream. ``fx`` comes from ``torch.fx.symbolic_trace``: it calls modules and torch
 functions, and computes sizes while it runs. ``export`` comes from ``torch.export``: it calls ATen operators only, and
 holds sizes as literals.
+
+A model that no tracer captures whole is a program all the same, of the dialect ``module``: a graph of one node that
+calls the model itself (`WholeModel`).
 """
 
 from __future__ import annotations
@@ -14,16 +17,43 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphprune.calling import Calling
 
-__all__ = ["Dialect", "Program"]
+__all__ = ["Dialect", "Program", "WholeModel"]
 
-Dialect = Literal["fx", "export"]
+Dialect = Literal["fx", "export", "module"]
+
+
+class WholeModel(fx.GraphModule):
+    """A graph of one node that calls a model whole; tensors are named as in the model."""
+
+    CHILD: ClassVar[str] = "model"
+    """The attribute that holds the model."""
+
+    @classmethod
+    def of(cls, model: nn.Module, num_inputs: int) -> WholeModel:
+        """Return the graph ``output = model(input_0, input_1, ...)``."""
+        graph = fx.Graph()
+        inputs = [graph.placeholder(f"input_{i}") for i in range(num_inputs)]
+        graph.output(graph.call_module(cls.CHILD, tuple(inputs)))
+        root = nn.Module()
+        root.add_module(cls.CHILD, model)
+        return cls(root, graph, class_name=type(model).__name__).eval()
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield parameters under the names that they have in the model."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield name.removeprefix(f"{self.CHILD}."), parameter
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield buffers under the names that they have in the model."""
+        for name, buffer in super().named_buffers(*args, **kwargs):
+            yield name.removeprefix(f"{self.CHILD}."), buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +72,10 @@ class Program:
     """What the user called the model: a file, ``torchvision:NAME``, a class name."""
     calling: Calling | None = None
     """How the model that went in is called with the same inputs; None where just so."""
+    untraced: tuple[str, ...] = ()
+    """Why no tracer captured the model, where the dialect is ``module``."""
+    fixed: frozenset[tuple[str, str, int]] = frozenset()
+    """Operators of such a model, by module, name and occurrence, before which its own code holds sizes as numbers."""
     history: tuple[str, ...] = ()
     """Text form of every surgery that has changed this program, oldest first."""
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)

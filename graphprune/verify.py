@@ -35,7 +35,16 @@ from graphprune.labels.rules import find_rule
 from graphprune.labels.trace import Consumer, TensorInfo
 from graphprune.program import Program
 
-__all__ = ["Masked", "assert_exact", "verify_surgery"]
+__all__ = [
+    "Differs",
+    "MaskMode",
+    "Masked",
+    "Promote",
+    "assert_exact",
+    "relative",
+    "restrict",
+    "verify_surgery",
+]
 
 SAMPLES = 2
 """How many random samples both programs run on, unless labels were found for another number."""
@@ -85,19 +94,28 @@ def verify_surgery(before: Program, after: Program, reference: Masked | None = N
     # A label over batch and channels in one dimension (attention written for ``batch * heads``) fits one batch only.
     samples = SAMPLES if reference is None else reference.groups.labels.batch
     inputs = before.batch(samples, seed=1, dtype=dtype)
+    if before.dialect == "module":
+        inputs = before.example_inputs
     with torch.inference_mode(), _default_dtype(dtype):
         try:
             worst = _compare(before, after, inputs, reference, tolerance)
-        except _Differs as error:
+        except Differs as error:
             return Check(
                 max_abs_err=error.difference, tolerance=tolerance, passed=False, detail=str(error)
             )
     what = "masked program" if reference is not None else "program before"
-    detail = f"{str(dtype).removeprefix('torch.')}, {what} on {samples} random samples, relative to the largest value"
+    if before.dialect == "module":
+        what += ", module by module and in every output,"
+        inputs_text = f"the {len(inputs)} example inputs"
+    else:
+        inputs_text = f"{samples} random samples"
+    detail = f"{str(dtype).removeprefix('torch.')}, {what} on {inputs_text}, relative to the largest value"
     return Check(max_abs_err=worst, tolerance=tolerance, passed=worst <= tolerance, detail=detail)
 
 
-class _Differs(Exception):
+class Differs(Exception):
+    """The two programs do not compute the same."""
+
     def __init__(self, message: str, difference: float | None = None) -> None:
         super().__init__(message)
         self.difference = difference
@@ -137,12 +155,16 @@ def _compare(
 ) -> float:
     dtype = TOLERANCE_DTYPES[tolerance]
     if reference is None:
-        with _Promote(dtype):
+        with Promote(dtype):
             old, new = before.module(*inputs), after.module(*inputs)
         return _outputs(old, new)
-    mask = _MaskMode(dtype, reference)
+    if before.dialect == "module":
+        from graphprune.verify_whole import compare_whole
+
+        return compare_whole(before, after, inputs, reference, tolerance)
+    mask = MaskMode(dtype, reference)
     runs = zip(
-        _run(before.module, inputs, mask), _run(after.module, inputs, _Promote(dtype)), strict=True
+        _run(before.module, inputs, mask), _run(after.module, inputs, Promote(dtype)), strict=True
     )
     worst = 0.0
     while True:
@@ -151,11 +173,11 @@ def _compare(
         except StopIteration:
             return worst
         except RuntimeError as error:
-            raise _Differs(f"the cut program does not run: {error}") from error
+            raise Differs(f"the cut program does not run: {error}") from error
         info = reference.groups.labels.values[node.name]
         difference = _difference(info, old, new, reference.atoms, node)
         if not difference <= tolerance:
-            raise _Differs(
+            raise Differs(
                 f"node {node.name} ({node.op} {node.target}) is the first that differs: by {difference:.3g} of its "
                 f"largest value, tolerance {tolerance:g}",
                 difference,
@@ -170,13 +192,13 @@ def _outputs(old: Any, new: Any) -> float:
     a = [t for t in tree_leaves(old) if isinstance(t, Tensor)]
     b = [t for t in tree_leaves(new) if isinstance(t, Tensor)]
     if [t.shape for t in a] != [t.shape for t in b]:
-        raise _Differs(
+        raise Differs(
             f"outputs have shapes {[tuple(t.shape) for t in b]}, expected {[tuple(t.shape) for t in a]}"
         )
-    return max((_relative(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+    return max((relative(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
 
 
-def _relative(old: Tensor, new: Tensor) -> float:
+def relative(old: Tensor, new: Tensor) -> float:
     """Return the largest difference, relative to the largest value; NaN where only one side is finite."""
     if not old.numel():
         return 0.0
@@ -192,12 +214,12 @@ def _relative(old: Tensor, new: Tensor) -> float:
 
 def _difference(info: Any, old: Any, new: Any, atoms: NDArray[np.bool_], node: fx.Node) -> float:
     if isinstance(info, TensorInfo) and isinstance(old, Tensor):
-        kept = _restrict(info, old, atoms)
+        kept = restrict(info, old, atoms)
         if kept.shape != new.shape:
-            raise _Differs(
+            raise Differs(
                 f"node {node.name} ({node.op} {node.target}) has shape {tuple(new.shape)}, expected {tuple(kept.shape)}"
             )
-        return _relative(kept, new)
+        return relative(kept, new)
     if isinstance(info, (tuple, list)):
         pairs = zip(info, old, new, strict=True)
         return max((_difference(i, a, b, atoms, node) for i, a, b in pairs), default=0.0)
@@ -208,7 +230,7 @@ def _difference(info: Any, old: Any, new: Any, atoms: NDArray[np.bool_], node: f
     return 0.0
 
 
-def _restrict(info: TensorInfo, value: Tensor, atoms: NDArray[np.bool_]) -> Tensor:
+def restrict(info: TensorInfo, value: Tensor, atoms: NDArray[np.bool_]) -> Tensor:
     """Return `value` without the elements whose atoms are gone."""
     for field in info.fields:
         kept = atoms[field.atoms]
@@ -237,7 +259,7 @@ def _restrict_joint(value: Tensor, dims: tuple[int, ...], kept: NDArray[np.bool_
 
 
 def _run(
-    module: fx.GraphModule, inputs: tuple[Tensor, ...], mode: _Promote
+    module: fx.GraphModule, inputs: tuple[Tensor, ...], mode: Promote
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Run a graph under `mode`, yielding every node with its value; values are dropped after their last use."""
     interpreter = fx.Interpreter(module)
@@ -258,7 +280,7 @@ def _run(
             env.pop(used, None)
 
 
-class _Promote(TorchDispatchMode):
+class Promote(TorchDispatchMode):
     """Keeps the whole computation at one precision: casts to a lower one become casts to this one."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -286,7 +308,7 @@ class _Promote(TorchDispatchMode):
         )
 
 
-class _MaskMode(_Promote):
+class MaskMode(Promote):
     """Runs the original program with removed channels zero at their consumers.
 
     Operators are told apart as `graphprune.labels.propagate` does: by node, name, and occurrence.
@@ -321,8 +343,7 @@ class _MaskMode(_Promote):
             if result is not NotImplemented:
                 return result
         name = func._schema.name
-        consumers = self.consumers.get((self.node, name, self.seen[name]))
-        self.seen[name] += 1
+        consumers = self.consumers_of(name)
         if not consumers:
             return func(*args, **kwargs)
         if name in _STATISTICS:
@@ -338,6 +359,12 @@ class _MaskMode(_Promote):
 
         args, kwargs = tree_map(masked, (args, kwargs))
         return func(*args, **kwargs)
+
+    def consumers_of(self, name: str) -> list[Consumer] | None:
+        """Count an operator; return where the removed channels are among its arguments."""
+        occurrence = self.seen[name]
+        self.seen[name] += 1
+        return self.consumers.get((self.node, name, occurrence))
 
     def _mask(self, consumers: Sequence[Consumer], value: Tensor) -> Tensor:
         """Return what stays of `value`, which several labels may say."""

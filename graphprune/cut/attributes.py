@@ -6,7 +6,7 @@ values follow from the module's cut tensors and the shapes of its input and outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -15,7 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from graphprune.cut.shapes import Shapes
 from graphprune.errors import AnalysisError
-from graphprune.labels.trace import TensorInfo
+from graphprune.labels.trace import ModuleCall, TensorInfo
+from graphprune.program import WholeModel
 
 __all__ = ["attributes_of", "update_attributes"]
 
@@ -35,9 +36,18 @@ def attributes_of(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 
 def update_attributes(
-    graph: fx.Graph, modules: Mapping[str, Any], shapes: Shapes
+    graph: fx.Graph,
+    modules: Mapping[str, Any],
+    shapes: Shapes,
+    calls: Sequence[ModuleCall] = (),
 ) -> dict[str, dict[str, Any]]:
     """Write the new sizes into the modules that `graph` calls, and return what changed.
+
+    Args:
+        graph: The graph.
+        modules: What it calls, by name.
+        shapes: What tensors become.
+        calls: Where `graph` calls a model whole: the calls inside.
 
     Raises:
         AnalysisError: A module whose tensors were cut is of a kind that has no rule.
@@ -54,6 +64,18 @@ def update_attributes(
             if getattr(target, name) != value:
                 setattr(target, name, value)
                 changes.setdefault(str(node.target), {})[name] = value
+    for call in calls:
+        after = call.after if isinstance(call.after, TensorInfo) else None
+        target = modules[WholeModel.CHILD].get_submodule(call.path)
+        if call.before is None or after is None or isinstance(target, nn.ModuleDict):
+            continue
+        has_rule = any(kind in _RULES for kind in type(target).__mro__)
+        if not has_rule or not (shapes.changed(call.before) or shapes.changed(after)):
+            continue
+        for name, value in _values(target, call.path, shapes, call.before, after).items():
+            if getattr(target, name) != value:
+                setattr(target, name, value)
+                changes.setdefault(call.path, {})[name] = value
     return changes
 
 

@@ -18,7 +18,7 @@ from graphprune.cut.literals import LiteralChange, rewrite_literals
 from graphprune.cut.shapes import Shapes
 from graphprune.groups import DependencyGroups
 from graphprune.lowering.copies import copy_structure
-from graphprune.program import Program
+from graphprune.program import Program, WholeModel
 
 __all__ = ["Cut", "cut_program", "slice_tensor"]
 
@@ -69,9 +69,10 @@ def cut_program(
     modules = _copied_modules(program.module, tensors)
     graph = copy.deepcopy(program.module.graph)
     shapes = Shapes(groups.labels, keep[groups.channel_of] if groups.num_channels else keep)
-    attributes = update_attributes(graph, modules, shapes)
+    attributes = update_attributes(graph, modules, shapes, groups.labels.calls)
     literals = rewrite_literals(graph, shapes)
-    module = fx.GraphModule(modules, graph, class_name=type(program.module).__name__).eval()
+    kind = WholeModel if program.dialect == "module" else fx.GraphModule
+    module = kind(modules, graph, class_name=type(program.module).__name__).eval()
     return Cut(
         program=program.evolve(module, step=step), attributes=attributes, literals=tuple(literals)
     )

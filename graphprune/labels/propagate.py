@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import AnalysisError, GraphpruneError
 from graphprune.labels.field import Field
-from graphprune.labels.trace import Call, Labels, Source, TensorInfo, Trace
+from graphprune.labels.trace import Call, Labels, ModuleCall, Source, TensorInfo, Trace
 from graphprune.program import Program
 
-__all__ = ["propagate"]
+__all__ = ["info_of", "propagate", "settled", "without_view_tracking"]
 
 BATCH = 2
 """Batch size of the labelled run: sizes of one are never labelled, and would hide what meets what."""
@@ -86,30 +86,31 @@ def _without_rule(trace: Trace, call: Call) -> Any:
         ) from error
 
 
-def _info(trace: Trace, value: Any) -> Any:
+def info_of(trace: Trace, value: Any) -> Any:
     """Describe a node's output; a source is described when the run is over, so that asking labels nothing."""
     if isinstance(value, Tensor):
         return trace.source(value) or TensorInfo(tuple(value.shape), trace.fields(value))
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return tuple(_info(trace, v) for v in value)
+        return tuple(info_of(trace, v) for v in value)
     if isinstance(value, dict):
-        return {k: _info(trace, v) for k, v in value.items()}
+        return {k: info_of(trace, v) for k, v in value.items()}
     return value
 
 
-def _settled(value: Any) -> Any:
+def settled(value: Any) -> Any:
+    """Replace sources by their labels, as they are at the end of the run."""
     if isinstance(value, Source):
         return TensorInfo(
             value.shape, tuple(Field((d,), a) for d, a in sorted(value.atoms.items()))
         )
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        return tuple(map(_settled, value))
+        return tuple(map(settled, value))
     if isinstance(value, dict):
-        return {k: _settled(v) for k, v in value.items()}
+        return {k: settled(v) for k, v in value.items()}
     return value
 
 
-def _without_view_tracking() -> Any:
+def without_view_tracking() -> Any:
     """Keep autograd from giving views of parameters, which are no inference tensors, identities of their own."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
     return torch._C._ExcludeDispatchKeyGuard(keys)
@@ -154,18 +155,27 @@ def _propagate(program: Program, batch: int) -> Labels:
             else program.batch(batch)[len(inputs)]
         )
     samples = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    if program.calling is not None and program.calling.as_list:
+        samples = len(inputs)
     trace.scale = 1.0 / max(1, samples)
     values: dict[str, Any] = {}
-    with torch.inference_mode(), _without_view_tracking(), _LabelMode(trace):
-        _run_graph(program.module, inputs, trace, values)
+    calls: tuple[ModuleCall, ...] = ()
+    if program.dialect == "module":
+        from graphprune.labels.whole import run_whole
+
+        calls = run_whole(program, trace, values)
+    else:
+        with torch.inference_mode(), without_view_tracking(), _LabelMode(trace):
+            _run_graph(program.module, inputs, trace, values)
     return Labels(
         table=trace.table,
         sources=trace.sources(),
-        values={name: _settled(value) for name, value in values.items()},
+        values={name: settled(value) for name, value in values.items()},
         consumers=tuple(trace.consumers),
         terms=tuple(trace.terms),
         unknown={name: tuple(dict.fromkeys(nodes)) for name, nodes in trace.unknown.items()},
         batch=batch,
+        calls=calls,
     )
 
 
@@ -194,7 +204,7 @@ def _run_graph(
                     trace.freeze(tensor, "graph output")
         env[node] = result
         trace._alive.append(result)
-        values[node.name] = _info(trace, result)
+        values[node.name] = info_of(trace, result)
 
 
 def _run_node(

@@ -15,7 +15,17 @@ from graphprune.labels.atoms import Atoms, AtomTable
 from graphprune.labels.field import Field, Fields, fix, settle
 from graphprune.program import Program
 
-__all__ = ["Call", "Consumer", "Labels", "MacTerm", "Rule", "Source", "TensorInfo", "Trace"]
+__all__ = [
+    "Call",
+    "Consumer",
+    "Labels",
+    "MacTerm",
+    "ModuleCall",
+    "Rule",
+    "Source",
+    "TensorInfo",
+    "Trace",
+]
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,20 @@ class Consumer:
     slot: int
     """Position among the operator's tensor arguments."""
     field: Field
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module, in a model that runs whole."""
+
+    path: str
+    """Where the module stands in the model."""
+    key: str
+    """The path, with the number of the call from the second one on: ``head.conv@2``."""
+    before: TensorInfo | None
+    """Its first input, if that is a tensor."""
+    after: Any
+    """What it returned, as in `Labels.values`."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +125,8 @@ class Labels:
     """Operators without a rule that pinned something -> the nodes where they stand."""
     batch: int
     """Size of dim 0 of the inputs in the labelled run, where the program takes any."""
+    calls: tuple[ModuleCall, ...] = ()
+    """Calls of modules, inner ones first, where the model runs whole."""
 
 
 @dataclass

@@ -87,6 +87,9 @@ class Report:
     """What could have been cut and was not."""
     passes: tuple[PassRecord, ...]
     """The passes that ran, in order."""
+    whole: Mapping[str, Any] | None = None
+    """Of a model that no tracer captured: ``untraced`` (the reasons) and ``exported`` (module -> file of each part) and
+    ``not_written`` (file -> reason)."""
     parameters: tuple[ParameterChange, ...] = field(default=())
     """Every parameter whose shape changed; shown to people, not part of report.json."""
 
@@ -111,7 +114,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data, in the form of report.json."""
-        return {
+        data: dict[str, Any] = {
             "model": self.model,
             "method": self.method,
             "target": self.target,
@@ -133,6 +136,9 @@ class Report:
                 for record in self.passes
             ],
         }
+        if self.whole is not None:
+            data["whole"] = dict(self.whole)
+        return data
 
     def save(self, path: str | Path) -> None:
         """Write report.json, whole or not at all."""

@@ -5,6 +5,7 @@ the family that it belongs to, or a function under ``@rule("namespace::name")``:
 
 =================  =====================================================================================
 contraction.py     convolution, linear, matmul, scaled dot product: labels meet along what is summed over
+detection.py       torchvision's regions of a feature map
 elementwise.py     labels that meet are the same channel
 movement.py        view, permute, cat, split, slice, pad, ...: the label moves as the data does
 normalization.py   batch, layer, group, instance, RMS norm: affine weights meet the channel
@@ -80,6 +81,7 @@ def _in_place(functional: Rule) -> Rule:
 
 from graphprune.labels.rules import (  # noqa: E402 - the families register themselves
     contraction,
+    detection,
     elementwise,
     movement,
     normalization,
@@ -88,4 +90,6 @@ from graphprune.labels.rules import (  # noqa: E402 - the families register them
     spatial,
 )
 
-assert all((contraction, elementwise, movement, normalization, reduction, source, spatial))
+assert all(
+    (contraction, detection, elementwise, movement, normalization, reduction, source, spatial)
+)

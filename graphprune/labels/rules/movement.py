@@ -559,6 +559,23 @@ def index(trace: Trace, call: Call) -> Any:
     return trace.label(out, _kept_fields(trace, x, kept))
 
 
+@rule("index_put", "_unsafe_index_put")
+def index_put(trace: Trace, call: Call) -> Any:
+    """Write values at numbered places: the dimensions that are numbered cannot change, in the others labels meet."""
+    x, indices, values = call.args[:3]
+    if not any(trace.is_meta(t) for t in call.tensors()):
+        return trace.run(call)
+    for index in indices:
+        if index is not None:
+            trace.freeze(index, "holds indices")
+    places = [None if i is None else trace._to_meta(i) for i in indices]
+    picked = torch.ops.aten.index.Tensor(torch.empty(x.shape, device="meta"), places)
+    fields = _indexed(trace, x, list(indices), picked)
+    extent = frozenset(d for d, n in enumerate(picked.shape) if n > 1)
+    meet(trace.table, [(fields, extent), trace.operand(values, picked.dim())], FIXED, trace.node)
+    return trace.new(x.shape, x, trace.fields(x))
+
+
 def _indexed(trace: Trace, x: Tensor, indices: list[Any], out: Tensor) -> Fields:
     used = [d for d, i in enumerate(indices) if i is not None]
     if any(i is not None and i.dtype == torch.bool for i in indices):

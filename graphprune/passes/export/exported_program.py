@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,11 +22,12 @@ from graphprune.exported import (
 )
 from graphprune.files import prepare_out, write_atomic
 from graphprune.pipeline import Artifacts, Context, Pass
-from graphprune.program import Program
+from graphprune.program import Program, WholeModel
 
 __all__ = ["ExportProgram"]
 
 _FILE = "model.pt2"
+_WHOLE_FILE = "model.pt"
 _BATCHES = (1, 3)
 # The file holds the very operators that the program runs, so every bit must come back.
 _TOLERANCE = 0.0
@@ -36,6 +39,8 @@ class ExportProgram(Pass):
 
     Writes ``model.pt2`` into the output folder, whole or not at all; equal programs give equal bytes. The check
     ``exported_program`` runs the reloaded file and the program on the same inputs.
+
+    A model that no tracer captured whole is pickled as it is, into ``model.pt``: to load that takes its class.
     """
 
     name: ClassVar[str] = "export-program"
@@ -46,6 +51,8 @@ class ExportProgram(Pass):
             raise OutputError(
                 f"{self.name} expected an output folder to write {_FILE} into, found none; give out="
             )
+        if program.dialect == "module":
+            return _whole(program, prepare_out(context.out) / _WHOLE_FILE)
         path = prepare_out(context.out) / _FILE
         with context.progress.task("export with torch.export", 2) as task:
             content = _saved(program)
@@ -61,6 +68,36 @@ class ExportProgram(Pass):
             checks={"exported_program": check},
             measurements={"exported_bytes": len(content)},
         )
+
+
+def _whole(program: Program, path: Path) -> Artifacts:
+    """Pickle a model that runs whole, of its own class, read it back and compare."""
+    bound = program.module.get_submodule(WholeModel.CHILD)
+    model = bound if program.calling is None else program.calling.release(bound)
+    buffer = io.BytesIO()
+    try:
+        torch.save(model, buffer)
+    # A class that is made inside a function has no name to be found under; pickle has many words for it.
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        reason = f"the model's class cannot be pickled: {first_line(error)}"
+        return Artifacts(measurements={"not_written": {_WHOLE_FILE: reason}})
+    with write_atomic(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    reloaded: torch.nn.Module = torch.load(path, weights_only=False)
+    run = reloaded if program.calling is None else program.calling.bind(reloaded)
+    with torch.no_grad():
+        expected, found = (
+            flat_outputs(m(*(t.clone() for t in program.example_inputs))) for m in (bound, run)
+        )
+    same = len(expected) == len(found) and all(map(torch.equal, expected, found))
+    detail = "the example inputs, bit for bit" if same else "the reloaded model's outputs differ"
+    check = Check(
+        max_abs_err=0.0 if same else None, tolerance=_TOLERANCE, passed=same, detail=detail
+    )
+    size = len(buffer.getvalue())
+    return Artifacts(
+        files=(path,), checks={"exported_program": check}, measurements={"exported_bytes": size}
+    )
 
 
 def _saved(program: Program) -> bytes:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from graphprune.check import Check
 from graphprune.errors import OutputError
 from graphprune.files import prepare_out
 from graphprune.onnx_export import export_onnx, zipped_bytes
+from graphprune.parts import parts_of
 from graphprune.pipeline import Artifacts, Context, Pass
 from graphprune.program import Program
 from graphprune.runtime import bench, open_session, parity
@@ -29,6 +33,8 @@ class ExportOnnx(Pass):
     Writes ``model.onnx`` into the output folder, whole or not at all. The check ``onnx`` compares it with the torch
     program on three batches. Latency is that of one sample; the dense program is exported to a temporary folder and
     timed in turns with the cut one.
+
+    Of a model that no tracer captured whole, each part that can be captured gets a file, ``model.PATH.onnx``.
     """
 
     name: ClassVar[str] = "export-onnx"
@@ -44,6 +50,8 @@ class ExportOnnx(Pass):
             raise OutputError(
                 f"{self.name} expected an output folder to write {_FILE} into, found none; give out="
             )
+        if program.dialect == "module":
+            return self._parts(program, context, context.out)
         with context.progress.task("export to ONNX", 3 if self.measure else 2) as task:
             written = export_onnx(program, prepare_out(context.out) / _FILE, opset=self.opset)
             task.advance()
@@ -63,6 +71,30 @@ class ExportOnnx(Pass):
                 )
                 task.advance()
         return Artifacts(files=written.files, checks={"onnx": check}, measurements=measurements)
+
+    def _parts(self, program: Program, context: Context, out: Path) -> Artifacts:
+        """Write every part of a model that cannot be written whole, ``model.PATH.onnx``, and check each."""
+        parts = parts_of(program)
+        files: list[Path] = []
+        checks: list[Check] = []
+        names: dict[str, str] = {}
+        with context.progress.task("export of parts to ONNX", len(parts)) as task:
+            for part in parts:
+                path = prepare_out(out) / f"model.{part.path}.onnx"
+                written = export_onnx(part.program, path, opset=self.opset)
+                files += written.files
+                names[part.path] = path.name
+                session = open_session(path, _device(context))
+                checks.append(parity(part.program, session, seed=context.seed))
+                task.advance()
+        size = sum(file.stat().st_size for file in files)
+        measurements = {"exported_parts": names, "onnx_bytes": size, "after": {"onnx_bytes": size}}
+        if not checks:
+            return Artifacts(measurements=measurements)
+        worst = max(checks, key=lambda c: (not c.passed, _error(c)))
+        detail = f"{len(checks)} parts; worst: {worst.detail}"
+        check = dataclasses.replace(worst, detail=detail)
+        return Artifacts(files=tuple(files), checks={"onnx": check}, measurements=measurements)
 
     def _side_by_side(
         self, program: Program, context: Context, files: tuple[Path, ...], num_bytes: int
@@ -96,6 +128,11 @@ def _sparsity(program: Program, files: tuple[Path, ...], *, always: bool = False
     if not always and nonzero > (1 - SPARSE) * sum(p.numel() for p in parameters):
         return {}
     return {"nonzero": nonzero, "onnx_zipped_bytes": zipped_bytes(files)}
+
+
+def _error(check: Check) -> float:
+    error = check.max_abs_err
+    return math.inf if error is None else error / check.tolerance if check.tolerance else error
 
 
 def _device(context: Context) -> str:
