@@ -18,7 +18,7 @@ from graphprune.capture import capture
 from graphprune.errors import GraphpruneError
 from graphprune.groups import DependencyGroups
 from graphprune.pipeline import Pipeline
-from graphprune.zoo.models import _vary
+from graphprune.zoo.models import vary
 
 __all__ = ["Detected", "build_detector", "detector_names", "run_detector"]
 
@@ -69,7 +69,7 @@ def build_detector(name: str, *, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = tv.get_model(name, **options)
-        _vary(model)
+        vary(model)
     return model.eval()
 
 
