@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mix(x)
-        return x + y * float(y.shape[1]) ** -0.5
+        return x + y / math.sqrt(y.shape[1])
 
 
 class Attention(nn.Module):
