@@ -2,11 +2,14 @@
 
     loss = (1 - weight) * task + weight * T^2 * KL(softmax(dense / T) || softmax(cut / T))
 
+What it does inside can count as well (`features`).
+
 Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 from graphprune.errors import UsageError
 from graphprune.exported import flat_outputs
 from graphprune.program import Program
+from graphprune.training.features import Tap, insert_taps, taps_distance
 from graphprune.training.task import Task
 
 __all__ = ["Teacher", "logit_distance"]
@@ -39,13 +43,24 @@ class Teacher:
         temperature: float,
         device: torch.device,
         memory_format: torch.memory_format,
+        compares_outputs: bool = True,
+        stages: Mapping[str, int] | None = None,
     ) -> None:
         """Take a copy of `program` to `device`; the program itself stays where it is.
+
+        Args:
+            program: The dense program.
+            task: Says how outputs are compared, if not as logits.
+            temperature: Of the logits.
+            device: Where the student is.
+            memory_format: As the student's.
+            compares_outputs: Whether `distance` will be asked for, and not `feature_distance` alone.
+            stages: Nodes whose tensors are compared, and the dimension of their channels.
 
         Raises:
             UsageError: The task has no way to compare two programs.
         """
-        if task.distill is None and not task.is_classification:
+        if compares_outputs and task.distill is None and not task.is_classification:
             raise UsageError(
                 "distillation compares logits, and the task is no classification; "
                 "give the Task a distill function, or distill=0"
@@ -54,11 +69,20 @@ class Teacher:
         self.temperature = temperature
         self.module = program.clone().module.requires_grad_(False)
         self.module.to(device).to(memory_format=memory_format)
+        self.stages = stages or {}
+        self.taps = insert_taps(self.module, self.stages)
 
-    def distance(self, inputs: tuple[Tensor, ...], outputs: Any) -> Tensor:
-        """Return how far `outputs` are from what the dense program says of `inputs`."""
+    def look(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Return what the dense program says of `inputs`; its taps hold what it thinks on the way."""
         with torch.no_grad():
-            dense = self.module(*inputs)
+            return self.module(*inputs)
+
+    def feature_distance(self, taps: Mapping[str, Tap]) -> Tensor:
+        """Return how far the maps that `taps` hold are from the dense program's, after `look`."""
+        return taps_distance(taps, self.taps, self.stages)
+
+    def distance(self, outputs: Any, dense: Any) -> Tensor:
+        """Return how far `outputs` are from `dense`, the dense program's."""
         if self.task.distill is not None:
             return self.task.distill(outputs, dense)
         return logit_distance(outputs, dense, temperature=self.temperature)

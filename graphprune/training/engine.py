@@ -31,6 +31,7 @@ from graphprune.training.average import WeightAverage
 from graphprune.training.batches import Batches
 from graphprune.training.checkpoint import Checkpoint
 from graphprune.training.distill import Teacher
+from graphprune.training.features import insert_taps, stages
 from graphprune.training.forms import training_form
 from graphprune.training.metrics import EVENTS, EventWriter
 from graphprune.training.optim import build_optimizer, build_schedule
@@ -206,23 +207,32 @@ class _Run:
         )
         self.trained = [p for _, p in trained]
         form = training_form(self.program, synchronised=several)
+        self.teacher = self._teacher()
+        self.taps = insert_taps(form, self.teacher.stages if self.teacher is not None else {})
         self.model, self.optimizer = self.accelerator.prepare(form, optimizer)
         self.average = (
             WeightAverage(dict(self.program.named_tensors()), self.recipe.average)
             if self.recipe.average
             else None
         )
-        self.teacher: Teacher | None = None
-        if self.recipe.distill:
-            if self.trainer.teacher is None:
-                raise UsageError("distill= needs a teacher, found none; give one, or distill=0")
-            self.teacher = Teacher(
-                self.trainer.teacher,
-                self.task,
-                temperature=self.recipe.temperature,
-                device=self.device,
-                memory_format=self.placement.memory_format,
+
+    def _teacher(self) -> Teacher | None:
+        if not self.recipe.distill and not self.recipe.features:
+            return None
+        dense = self.trainer.teacher
+        if dense is None:
+            raise UsageError(
+                "distill= and features= need a teacher, found none; or leave them at 0"
             )
+        return Teacher(
+            dense,
+            self.task,
+            temperature=self.recipe.temperature,
+            device=self.device,
+            memory_format=self.placement.memory_format,
+            compares_outputs=self.recipe.distill > 0,
+            stages=stages(self.program, dense) if self.recipe.features else {},
+        )
 
     def _options_of(self, name: str, parameter: Any) -> Mapping[str, Any] | None:
         found = [hook.parameter_options(name, parameter) for hook in self.trainer.hooks]
@@ -273,8 +283,7 @@ class _Run:
             outputs = self.model(*inputs)
             loss = self.task.loss(outputs, target)
             if self.teacher is not None:
-                share = self.recipe.distill
-                loss = (1.0 - share) * loss + share * self.teacher.distance(inputs, outputs)
+                loss = self._with_teacher(self.teacher, inputs, outputs, loss)
         objective = loss
         for hook in self.trainer.hooks:
             extra = hook.extra_loss(self.moment)
@@ -292,6 +301,16 @@ class _Run:
         with torch.no_grad():
             metric = self.task.metric(pytree.tree_map(_detached, outputs), target)
             self.sums += torch.stack([objective.detach().double(), metric.double()])
+
+    def _with_teacher(
+        self, teacher: Teacher, inputs: tuple[Any, ...], outputs: Any, loss: torch.Tensor
+    ) -> torch.Tensor:
+        dense = teacher.look(inputs)
+        if share := self.recipe.distill:
+            loss = (1.0 - share) * loss + share * teacher.distance(outputs, dense)
+        if weight := self.recipe.features:
+            loss = loss + weight * teacher.feature_distance(self.taps)
+        return loss
 
     def finish_epoch(self) -> None:
         """Measure, note the metrics of the epoch, and move on to the next one."""

@@ -39,6 +39,8 @@ class Recipe:
     """Share of the loss that compares with the teacher's outputs."""
     temperature: float = 4.0
     """Temperature at which logits are compared."""
+    features: float = 0.0
+    """Weight of the distance from where the teacher attends to, stage by stage."""
     average: float = 0.0
     """Decay of a moving average of the weights, which takes their place at the end; 0: no average."""
     augment: Augment = "auto"
@@ -61,6 +63,7 @@ class Recipe:
             "batch_size": (1, math.inf),
             "weight_decay": (0, math.inf),
             "clip": (0, math.inf),
+            "features": (0, math.inf),
             "distill": (0, 1),
             "average": (0, 1),
             "workers": (0, math.inf),

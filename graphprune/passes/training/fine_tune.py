@@ -56,6 +56,8 @@ class FineTune(Pass):
     """Share of the loss that asks for the dense program's logits; none: 0.5 for a classification, else 0."""
     temperature: float = 4.0
     """Temperature at which logits are compared."""
+    features: float = 0.0
+    """Weight of the distance from where the dense program attends to, stage by stage; 0: not compared."""
     average: float = 0.0
     """Decay of a moving average of the weights, which takes their place at the end; 0: no average."""
     clip: float = 0.0
@@ -89,7 +91,7 @@ class FineTune(Pass):
             recipe=recipe,
             data=context.data,
             task=task,
-            teacher=context.dense if distill else None,
+            teacher=context.dense if distill or self.features else None,
             hooks=[_Zeros(clone)] if self.keep_zeros else [],
             device=context.device,
             seed=context.seed,

@@ -77,6 +77,8 @@ class TrainableGates(Pass):
     """Share of the loss that asks for the dense program's logits; none: 0.5 for a classification, else 0."""
     temperature: float = 4.0
     """Temperature at which logits are compared."""
+    features: float = 0.0
+    """Weight of the distance from where the dense program attends to, stage by stage; 0: not compared."""
     clip: float = 0.0
     """Largest norm of all gradients of weights together; 0: no limit."""
     augment: Augment = "auto"
@@ -167,7 +169,7 @@ class TrainableGates(Pass):
             recipe=Recipe(**{**values, "distill": distill}),
             data=context.data,
             task=task,
-            teacher=context.dense if distill else None,
+            teacher=context.dense if distill or self.features else None,
             hooks=[hook],
             device=context.device,
             seed=context.seed,

@@ -1,0 +1,134 @@
+"""Distillation inside the network: the cut program attends to the places that the dense one attends to.
+
+    map of a tensor [batch, channels, places] = mean over channels of its square, scaled to length one over the places
+    distance = mean over stages of  ||map(dense) - map(cut)||^2
+
+A map has no channels, so nothing has to be learned to compare networks of different widths.
+
+Source: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", equation 2, with squared lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from graphprune.errors import UsageError
+from graphprune.program import Program
+
+__all__ = ["Tap", "attention_map", "insert_taps", "stages", "taps_distance"]
+
+_STAGES = 3
+"""How many tensors are compared where all have the same places, as in a transformer."""
+
+
+def attention_map(x: Tensor, dim: int) -> Tensor:
+    """Return where `x` is large: ``[batch, places]`` of length one, from a tensor with channels along `dim`."""
+    return F.normalize(x.float().square().mean(dim).flatten(1), dim=1)
+
+
+class Tap(nn.Module):
+    """Lets a tensor through, and remembers it until it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        self.value = x
+        return x
+
+    def take(self) -> Tensor:
+        """Return the tensor of the last forward, and forget it."""
+        value, self.value = self.value, None
+        assert value is not None
+        return value
+
+
+def insert_taps(module: fx.GraphModule, names: Mapping[str, int]) -> dict[str, Tap]:
+    """Put a tap behind each of the named nodes, in place."""
+    taps = {}
+    for node in list(module.graph.nodes):
+        if node.name not in names:
+            continue
+        path = f"tap_{node.name}"
+        taps[node.name] = Tap()
+        module.add_submodule(path, taps[node.name])
+        with module.graph.inserting_after(node):
+            tapped = module.graph.call_module(path, (node,))
+        node.replace_all_uses_with(tapped, delete_user_cb=lambda user, own=tapped: user is not own)
+    module.recompile()
+    return taps
+
+
+def taps_distance(
+    cut: Mapping[str, Tap], dense: Mapping[str, Tap], dims: Mapping[str, int]
+) -> Tensor:
+    """Return the distance of what the taps of two networks hold."""
+    apart = [
+        (attention_map(cut[name].take(), dim) - attention_map(dense[name].take(), dim))
+        .square()
+        .sum(1)
+        .mean()
+        for name, dim in dims.items()
+    ]
+    return torch.stack(apart).mean()
+
+
+def stages(cut: Program, dense: Program) -> dict[str, int]:
+    """Return the nodes to compare, and the dimension of their channels: the last of each resolution.
+
+    Raises:
+        UsageError: The two programs have no such node in common.
+    """
+    ours, theirs = _shapes(cut), _shapes(dense)
+    common = {
+        name: (shape, theirs[name])
+        for name, shape in ours.items()
+        if name in theirs and len(shape) == len(theirs[name]) >= 3
+    }
+    narrowed: dict[int, int] = {}  # number of dimensions -> where channels went
+    for shape, wide in common.values():
+        different = [d for d in range(1, len(shape)) if shape[d] != wide[d]]
+        if len(different) == 1:
+            narrowed.setdefault(len(shape), different[0])
+    by_places: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+    for name, (shape, wide) in common.items():
+        dim = narrowed.get(len(shape), 1 if len(shape) > 3 else len(shape) - 1)
+        places = (*shape[1:dim], *shape[dim + 1 :])
+        if places == (*wide[1:dim], *wide[dim + 1 :]) and torch.Size(places).numel() > 1:
+            by_places.setdefault(places, []).append((name, dim))
+    if not by_places:
+        raise UsageError("features= found no tensor that both programs have; leave it at 0")
+    if len(by_places) == 1:
+        found = next(iter(by_places.values()))
+        return dict(found[-1 - i * len(found) // _STAGES] for i in reversed(range(_STAGES)))
+    return dict(found[-1] for found in by_places.values())
+
+
+def _shapes(program: Program) -> dict[str, torch.Size]:
+    recorder = _Shapes(program.module)
+    device = next((t.device for _, t in program.named_tensors()), torch.device("cpu"))
+    with torch.inference_mode():
+        recorder.run(*(x.to(device) for x in program.batch(2)))
+    return recorder.shapes
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shape of every floating-point tensor that a node computes from the inputs."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        computed = n.op in ("call_module", "call_function", "call_method")
+        if computed and isinstance(value, Tensor) and value.is_floating_point():
+            self.shapes[n.name] = value.shape
+        return value
