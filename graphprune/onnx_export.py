@@ -86,6 +86,7 @@ def export_onnx(program: Program, path: str | Path, *, opset: int | None = None)
     """
     path = Path(path)
     exported = export_program(program)
+    _pin_strides(exported)
     try:
         with exporter_quiet():
             converted = torch.onnx.export(
@@ -115,6 +116,23 @@ def export_onnx(program: Program, path: str | Path, *, opset: int | None = None)
         inputs=tuple(str(value.name) for value in model.graph.inputs),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
     )
+
+
+def _pin_strides(exported: ExportedProgram) -> None:
+    """Make the output of every attention contiguous.
+
+    The exporter turns a reshape behind it into a view by the strides of the traced kernel's output, then decomposes
+    attention into products with other strides, and cannot view those.
+    """
+    clone, memory = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
+    for node in list(exported.graph.nodes):
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            with exported.graph.inserting_after(node):
+                copy = exported.graph.call_function(clone, (node,), dict(memory))
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(
+                copy, delete_user_cb=lambda user, copy=copy: user is not copy
+            )
 
 
 def _input_names(exported: ExportedProgram) -> list[str]:

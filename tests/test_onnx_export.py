@@ -145,3 +145,27 @@ def test_an_exporter_that_refuses_is_quoted(
         ExportError, match=r"ONNX exporter refused test \(opset default\): cannot do that$"
     ):
         export_onnx(program, tmp_path / "model.onnx")
+
+
+class _Attention(nn.Module):
+    """As BEiT's: with a bias that is looked up in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(10, 36), nn.Linear(12, 10)
+        self.table = nn.Parameter(torch.randn(9, 4))
+        self.register_buffer("index", torch.randint(9, (7, 7)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(x.shape[0], 7, 3, 4, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(7, 7, 4).permute(2, 0, 1).unsqueeze(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.contiguous())
+        out: Tensor = self.out(y.transpose(1, 2).reshape(x.shape[0], 7, 12))
+        return out
+
+
+def test_attention_whose_kernel_and_decomposition_differ_in_strides(tmp_path: Path) -> None:
+    program = _program(_Attention(), (2, 7, 10))
+    export_onnx(program, tmp_path / "model.onnx")
+    check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
+    assert check.passed, check.detail

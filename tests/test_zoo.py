@@ -31,6 +31,8 @@ from graphprune.zoo import (
     run_model,
     run_suite,
     select,
+    timm_models,
+    timm_table,
     to_markdown,
     torchvision_models,
 )
@@ -82,6 +84,35 @@ def test_the_suite_is_every_model_but_detectors_flow_and_quantized_ones() -> Non
     names = [m.name for m in torchvision_models()]
     assert len(names) == len(set(names))
     assert set(names) == set(tv.list_models()) - elsewhere
+
+
+def test_the_timm_suite_has_one_model_of_every_file() -> None:
+    families = timm_table.families()
+    models = timm_models()
+    assert [m.family for m in models] == list(families)
+    assert all(m.name in families[m.family] for m in models)
+    assert all(m.options in ({}, {"img_size": m.shape[1]}) for m in models)
+
+
+@pytest.mark.parametrize("family", ["starnet", "visformer"])
+def test_the_timm_suite_is_what_the_rule_chooses(family: str) -> None:
+    names = timm_table.families()[family]
+    assert timm_table.choose(names) == timm_table.entries()[family]
+
+
+def test_a_model_that_takes_no_other_input_keeps_its_own() -> None:
+    side, options = timm_table._input("test_vit")
+    assert (side, options) == (96, {"img_size": 96})
+    assert timm_table._input("test_convnext") == (96, {})
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_a_model_of_timm_runs_from_end_to_end(name: str) -> None:
+    model = ZooModel(name=name, kind="classification", shape=(3, 160, 160), library="timm")
+    row = run_model(model, Job())
+    assert row.failure is None
+    assert row.onnx is not None
+    assert row.onnx.passed
 
 
 def test_every_special_prefix_is_one_of_a_model() -> None:

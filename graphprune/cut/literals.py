@@ -162,8 +162,10 @@ def _restore_scales(site: Site) -> None:
     """Give back their old values to numbers that are no sizes (``head_dim ** -0.5``) and that the cut would change."""
 
     def restore(argument: fx.Node) -> Any:
+        if argument in site.done:
+            return argument
         old = site.shapes.values[argument.name]
-        if argument in site.done or _holds_tensor(old):
+        if _holds_tensor(old):
             return argument
         if not isinstance(old, (int, float)) or old == site.numbers.value(argument):
             return argument
@@ -451,3 +453,28 @@ def _attention(site: Site) -> None:
     last = len(query.shape) - 1
     if site.node.kwargs.get("scale") is None and site.shapes.size(query, last) != query.shape[last]:
         site.node.update_kwarg("scale", 1.0 / math.sqrt(query.shape[last]))
+
+
+@literals_of("mean")
+def _mean(site: Site) -> None:
+    """A mean over channels is a sum, divided by as many as there were: the divisor is a scale."""
+    if site.node.name not in site.shapes.means:
+        return
+    source = site.info(site.node.args[0])
+    rank = len(source.shape)
+    given = site.arg(1, "dim")
+    dims = [d % rank for d in ([given] if isinstance(given, int) else given or range(rank))]
+    if all(site.shapes.size(source, d) == source.shape[d] for d in dims):
+        return
+    keepdim = bool(site.arg(2, "keepdim", False))
+    with site.node.graph.inserting_before(site.node):
+        total = site.node.graph.call_function(
+            torch.ops.aten.sum.dim_IntList,
+            (site.node.args[0], dims, keepdim),
+            {k: v for k, v in site.node.kwargs.items() if k == "dtype"},
+        )
+    total.meta = dict(site.node.meta)
+    site.done.add(total)
+    site.node.op, site.node.target = "call_function", torch.ops.aten.div.Tensor
+    site.node.args = (total, float(math.prod(source.shape[d] for d in dims)))
+    site.node.kwargs = {}

@@ -20,6 +20,7 @@ class Shapes:
     def __init__(self, labels: Labels, keep: NDArray[np.bool_]) -> None:
         """Take the labels of a program and which atoms stay."""
         self.values: Mapping[str, Any] = labels.values
+        self.means = labels.means
         self.batch = labels.batch
         self.keep = keep
         self._kept: dict[int, bool] = {}

@@ -174,6 +174,7 @@ def _propagate(program: Program, batch: int) -> Labels:
         consumers=tuple(trace.consumers),
         terms=tuple(trace.terms),
         unknown={name: tuple(dict.fromkeys(nodes)) for name, nodes in trace.unknown.items()},
+        means=frozenset(trace.means),
         batch=batch,
         calls=calls,
     )
@@ -186,7 +187,7 @@ def _run_graph(
     feed = iter(inputs)
     modules = dict(module.named_modules())
     for node in module.graph.nodes:
-        trace.node = node.name
+        trace.node, trace.target = node.name, node.target
         trace.seen.clear()
         args = map_arg(node.args, env.__getitem__)
         kwargs = map_arg(node.kwargs, env.__getitem__)

@@ -125,6 +125,8 @@ class Labels:
     """Operators without a rule that pinned something -> the nodes where they stand."""
     batch: int
     """Size of dim 0 of the inputs in the labelled run, where the program takes any."""
+    means: frozenset[str] = frozenset()
+    """Nodes that take a mean over channels whose divisor keeps its old value."""
     calls: tuple[ModuleCall, ...] = ()
     """Calls of modules, inner ones first, where the model runs whole."""
 
@@ -172,6 +174,10 @@ class Trace:
         self.terms: list[MacTerm] = []
         self.unknown: dict[str, list[str]] = {}
         self.seen: Counter[str] = Counter()
+        self.target: Any = None
+        """What the current node calls."""
+        self.means: set[str] = set()
+        """Nodes that take a mean over channels whose divisor is a scale."""
         self.squares: set[int] = set()
         """Identities of tensors that hold squares: their mean is a norm's statistic."""
         self._fields: dict[int, Fields] = {}

@@ -1,4 +1,4 @@
-"""The models of the zoo: torchvision's own lists, and for each the smallest input that shows everything it does.
+"""The models of the zoo: torchvision's lists and timm's families, each with a small input that shows it all.
 
 Small inputs save hours and change nothing that matters here: which channels are coupled does not depend on them.
 """
@@ -6,6 +6,7 @@ Small inputs save hours and change nothing that matters here: which channels are
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphprune.errors import UsageError
+from graphprune.zoo import timm_table
 
-__all__ = ["FAST", "SUITES", "ZooModel", "select", "torchvision_models", "vary"]
+__all__ = ["FAST", "SUITES", "ZooModel", "select", "timm_models", "torchvision_models", "vary"]
 
 Kind = Literal["classification", "segmentation", "video", "transformers"]
-Library = Literal["torchvision", "transformers"]
+Library = Literal["torchvision", "timm", "transformers"]
 
 FAST = (
     "alexnet",
@@ -53,13 +55,15 @@ class ZooModel:
     """A public model, and how to build it with random weights."""
 
     name: str
-    """Its name in torchvision."""
+    """Its name in its library."""
     kind: Kind
     shape: tuple[int, ...]
     """One sample: channels, (frames,) height, width."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What its constructor gets besides ``weights=None``."""
+    """What its constructor gets besides the wish for random weights."""
     library: Library = "torchvision"
+    family: str = ""
+    """The file of ``timm.models`` that defines it."""
     outputs: tuple[str, ...] = ()
     """The outputs that count; empty: all."""
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -74,7 +78,7 @@ class ZooModel:
         """Return the model with random weights, in evaluation mode; no tensor is constant."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: nn.Module = tv.get_model(self.name, weights=None, **self.options)
+            model: nn.Module = _BUILDERS[self.library](self.name, **self.options)
             vary(model)
             _calibrate(model.eval(), self.example(batch=_CALIBRATION_BATCH, seed=seed))
         return model
@@ -124,6 +128,11 @@ def _calibrate(model: nn.Module, example: Tensor) -> None:
 
 _CALIBRATION_BATCH = 4
 
+_BUILDERS: Mapping[Library, Callable[..., nn.Module]] = {
+    "torchvision": functools.partial(tv.get_model, weights=None),
+    "timm": timm_table.build,
+}
+
 _LISTS: Mapping[Kind, ModuleType] = {
     "classification": tv,
     "segmentation": tv.segmentation,
@@ -163,6 +172,21 @@ def _model(name: str, kind: Kind) -> ZooModel:
     return ZooModel(name=name, kind=kind, shape=shape, options=options)
 
 
+def timm_models() -> tuple[ZooModel, ...]:
+    """Return one model of every file of ``timm.models``, in the order of the files."""
+    return tuple(
+        ZooModel(
+            name=entry["model"],
+            kind="classification",
+            shape=(3, entry["side"], entry["side"]),
+            options=entry["options"],
+            library="timm",
+            family=family,
+        )
+        for family, entry in timm_table.entries().items()
+    )
+
+
 def _transformers_models() -> tuple[ZooModel, ...]:
     from graphprune.zoo.transformers import transformers_models
 
@@ -172,6 +196,7 @@ def _transformers_models() -> tuple[ZooModel, ...]:
 SUITES: Mapping[str, Callable[[], tuple[ZooModel, ...]]] = {
     "torchvision": torchvision_models,
     "fast": lambda: select(torchvision_models(), FAST),
+    "timm": timm_models,
     "transformers": _transformers_models,
 }
 """Name of a suite -> its models."""

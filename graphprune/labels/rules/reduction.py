@@ -1,8 +1,9 @@
 """Reductions: what is left after a dimension is summed, averaged, compared or normalised over.
 
-A sum over channels is a contraction with ones. The mean of their squares is what an RMS norm divides by: as in
-`normalization`, the proof takes it over the kept channels. Any other statistic over channels would change with their
-number, so the channels are pinned; over space or time nothing happens to the label.
+A sum over channels is a contraction with ones, and so is a mean: its divisor is a scale, which keeps its old value. The
+mean of their squares is what an RMS norm divides by: as in `normalization`, the proof takes it over the kept channels.
+Any other statistic over channels would change with their number, so the channels are pinned; over space or time nothing
+happens to the label.
 """
 
 from __future__ import annotations
@@ -68,10 +69,23 @@ def reduce(trace: Trace, call: Call) -> Any:
     )
     out = trace.run(call)
     name = call.func._schema.name
-    # A p-norm or a mean over channels changes with their number; a sum does not.
+    dims = _dims(given, x.dim())
     is_sum = name == "aten::sum" or (name == "aten::mean" and id(x) in trace.squares)
-    fields = _left(trace, call, x, _dims(given, x.dim()), keepdim=keepdim, is_sum=is_sum)
+    if name == "aten::mean" and not is_sum and _is_scale(trace, x, dims):
+        is_sum = True
+        trace.means.add(trace.node)
+    fields = _left(trace, call, x, dims, keepdim=keepdim, is_sum=is_sum)
     return _labelled(trace, out, fields)
+
+
+def _is_scale(trace: Trace, x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether the divisor of a mean is a number of the graph that the cut can keep, and must.
+
+    One over samples too would follow the batch; one inside a module or a composite function cannot be written.
+    """
+    name = str(getattr(trace.target, "__name__", trace.target)).partition(".")[0]
+    labelled = {d for f in trace.fields(x) for d in f.dims}
+    return name == "mean" and 0 not in dims and not labelled.isdisjoint(dims)
 
 
 def _labelled(trace: Trace, out: Any, fields: Fields) -> Any:
