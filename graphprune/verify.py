@@ -404,6 +404,20 @@ def _rms_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Te
     return out if weight is None else out * weight
 
 
+def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
+    x = args[0]
+    weight, bias = (_get(args, kwargs, i, n, None) for i, n in ((1, "weight"), (2, "bias")))
+    dims = [d for d in range(x.dim()) if d != 1]
+    inside = mask.expand(x.shape).to(x.dtype)
+    count = inside.sum(dims, keepdim=True).clamp(min=1)
+    mean = (x * inside).sum(dims, keepdim=True) / count
+    variance = ((x - mean).square() * inside).sum(dims, keepdim=True) / count
+    out: Tensor = (x - mean) * torch.rsqrt(variance + _get(args, kwargs, 7, "eps", 1e-5))
+    along = (1, -1, *[1] * (x.dim() - 2))
+    out = out if weight is None else out * weight.reshape(along)
+    return out if bias is None else out + bias.reshape(along)
+
+
 def _group_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
     x, groups = args[0], args[1]
     weight, bias = (_get(args, kwargs, i, n, None) for i, n in ((2, "weight"), (3, "bias")))
@@ -433,6 +447,7 @@ def _mean(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor
 
 
 _STATISTICS = {
+    "aten::batch_norm": _batch_norm,
     "aten::mean": _mean,
     "aten::layer_norm": _layer_norm,
     "aten::rms_norm": _rms_norm,

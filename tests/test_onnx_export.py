@@ -150,6 +150,8 @@ def test_an_exporter_that_refuses_is_quoted(
 class _Attention(nn.Module):
     """As BEiT's: with a bias that is looked up in a table."""
 
+    index: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(10, 36), nn.Linear(12, 10)

@@ -8,6 +8,7 @@ only there.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -216,14 +217,38 @@ def _write_sizes(site: Site, first: int, wanted: Sequence[int], *, spare: bool) 
                 )
         return
     if len(args) > first and isinstance(site.numbers.value(given), (tuple, list)):
-        site.done.add(given)  # type: ignore[arg-type]
-        value = site.numbers.value(given)
-        if list(value) != list(wanted):
-            site.node.update_arg(first, tuple(_sizes(site, list(value), wanted, spare=spare)))
+        _write_shape(site, first, given, wanted, spare=spare)  # type: ignore[arg-type]
         return
     sizes = _sizes(site, args[first:], wanted, spare=spare)
     if list(sizes) != list(args[first:]):
         site.node.args = (*args[:first], *sizes)
+
+
+def _write_shape(
+    site: Site, position: int, given: fx.Node, wanted: Sequence[int], *, spare: bool
+) -> None:
+    """Rewrite a shape that the graph computes as a whole (``x.shape[:-1] + (-1,)``); the batch stays computed."""
+    site.done.add(given)
+    old, other = list(site.numbers.value(given)), list(site.other_batch.value(given))
+    sizes: list[Any] = []
+    for value, elsewhere, size in zip(old, other, wanted, strict=True):
+        if value in (-1, size) or value == elsewhere:
+            sizes.append(value if value == -1 else size)
+        elif spare and -1 not in (*old, *sizes):
+            sizes.append(-1)
+        else:
+            raise AnalysisError(
+                f"node {site.node.name}: a size follows both the batch and the number of channels "
+                f"({value}, should be {size}), and cannot be rewritten. Capture with a fixed batch."
+            )
+    if sizes == old:
+        return
+    for index, (value, elsewhere) in enumerate(zip(old, other, strict=True)):
+        if value != elsewhere and sizes[index] != -1:
+            with site.node.graph.inserting_before(site.node):
+                sizes[index] = site.node.graph.call_function(operator.getitem, (given, index))
+            site.done.add(sizes[index])
+    site.node.update_arg(position, tuple(sizes))
 
 
 def _sizes(site: Site, given: Sequence[Any], wanted: Sequence[int], *, spare: bool) -> list[Any]:

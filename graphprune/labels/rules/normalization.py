@@ -45,13 +45,32 @@ def _met_along(trace: Trace, x: Tensor, params: list[Any], dim: int) -> Fields:
     "cudnn_batch_norm",
 )
 def batch_norm(trace: Trace, call: Call) -> Any:
-    """Every channel (dim 1) has its own statistics, scale and shift."""
+    """Every channel (dim 1) has its own scale and shift, and its own statistics over all other dimensions.
+
+    Where those are of this very input, as in weight standardization, they are taken over what is kept.
+    """
     x = call.args[0]
+    x = _statistics(trace, call, x)
     fields = _met_along(trace, x, list(call.args[1:5]), min(1, x.dim() - 1))
     out = trace.new(x.shape, x, fields)
     if call.func._schema.name in ("aten::batch_norm", "aten::instance_norm"):
         return out
     return (out, trace.new((0,), x), trace.new((0,), x))
+
+
+def _statistics(trace: Trace, call: Call, x: Tensor) -> Tensor:
+    """Note which labels statistics run over; return `x` without those that then cannot go."""
+    if call.name == "aten::batch_norm":
+        if call.arg(5, "training") or call.arg(3, "running_mean") is None:
+            for field in trace.fields(x):
+                if set(field.dims) - {1}:
+                    trace.consume(call, x, field)
+        return x
+    if call.name != "aten::instance_norm" or not call.arg(5, "use_input_stats"):
+        return x
+    why = "instance norm takes statistics over it"
+    settled = [trace.settle(f, [d for d in f.dims if d > 1], why) for f in trace.fields(x)]
+    return trace.new(x.shape, x, tuple(f for f in settled if f is not None))
 
 
 @rule("layer_norm", "rms_norm", "native_layer_norm")
