@@ -51,9 +51,11 @@ def capture_whole(
         calling: How `inputs` are given to the user's own model.
 
     Raises:
-        CaptureError: No trial cut passes.
+        CaptureError: The model has no parameters, or no trial cut passes.
         AnalysisError: The model does not run on its example inputs.
     """
+    if not any(True for _ in model.parameters()):
+        raise CaptureError(f"{source} cannot be captured as a graph:\n  " + "\n  ".join(reasons))
     program = Program(
         module=WholeModel.of(copy_structure(model), len(inputs)),
         example_inputs=inputs,

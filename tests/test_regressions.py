@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import graphprune as gp
 from graphprune.budget import parse_target
 from graphprune.groups import analyze
 from tests.exactness import assert_cut_is_exact, assert_identity, capture_as, choose_or_none
@@ -84,3 +87,31 @@ def test_network_that_once_went_wrong_is_cut_exactly(what: str) -> None:
     assert keeps
     for keep in keeps:
         assert_cut_is_exact(program, groups, keep)
+
+
+class _FoldedHeads(nn.Module):
+    """Attention written for ``batch * heads``: a label over batch and channels in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 36), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.size(0)
+        q, k, v = (
+            t.reshape(n, 7, 3, 4).transpose(1, 2).reshape(n * 3, 7, 4)
+            for t in self.qkv(x).split([12, 12, 12], dim=-1)
+        )
+        mixed = torch.softmax(q @ k.transpose(1, 2) * 0.5, dim=-1) @ v
+        out: Tensor = self.out(mixed.reshape(n, 3, 7, 4).transpose(1, 2).reshape(n, 7, 12))
+        return out
+
+
+def test_the_proof_runs_on_the_batch_that_was_labelled() -> None:
+    # Capture had labelled three samples, the proof ran on two: the labels of ``batch * heads`` did not fit.
+    program = gp.capture(_FoldedHeads(), torch.randn(1, 7, 6))
+    groups = analyze(program)
+    for seed in range(3):
+        choice = choose_or_none(groups, seed, parse_target("ratio=0.4"))
+        assert choice is not None
+        assert_cut_is_exact(program, groups, choice.keep)
