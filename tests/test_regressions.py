@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -110,6 +111,29 @@ class _FoldedHeads(nn.Module):
 def test_the_proof_runs_on_the_batch_that_was_labelled() -> None:
     # Capture had labelled three samples, the proof ran on two: the labels of ``batch * heads`` did not fit.
     program = gp.capture(_FoldedHeads(), torch.randn(1, 7, 6))
+    groups = analyze(program)
+    for seed in range(3):
+        choice = choose_or_none(groups, seed, parse_target("ratio=0.4"))
+        assert choice is not None
+        assert_cut_is_exact(program, groups, choice.keep)
+
+
+class _GroupsAsInstances(nn.Module):
+    """A group norm as exporters write it: an instance norm of ``[batch, groups, the rest]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 10, 1), nn.Conv2d(10, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out: Tensor = self.last(F.instance_norm(x.reshape(x.size(0), 2, -1)).reshape(x.shape))
+        return out
+
+
+def test_an_instance_norm_takes_statistics_over_all_that_lies_behind_the_channel() -> None:
+    # Channels inside the normalised dimension were cut, and the statistics changed with them.
+    program = gp.capture(_GroupsAsInstances(), torch.randn(1, 3, 5, 6))
     groups = analyze(program)
     for seed in range(3):
         choice = choose_or_none(groups, seed, parse_target("ratio=0.4"))
