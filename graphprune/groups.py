@@ -151,10 +151,11 @@ class DependencyGroups(Facts):
         arrays: dict[int, Atoms] = {}
         for source in self.labels.sources.values():
             arrays.update((id(a), a) for a in source.atoms.values())
-        for info in _tensor_infos(list(self.labels.values.values())):
+        inside = [value for call in self.labels.calls for value in (call.before, call.after)]
+        for info in _tensor_infos([*self.labels.values.values(), *inside]):
             arrays.update((id(f.atoms), f.atoms) for f in info.fields)
         mapped = (self.channel_of[a].ravel() for a in arrays.values())
-        return tuple({a.tobytes(): a for a in mapped}.values())
+        return tuple({a.tobytes(): a for a in mapped if a.size}.values())
 
     @cached_property
     def nests(self) -> tuple[Atoms, ...]:
