@@ -32,7 +32,7 @@ from graphprune import onnx_import
 from graphprune.calling import Calling, calling_of
 from graphprune.errors import AnalysisError, CaptureError, InputError, LoadError
 from graphprune.inputs import infer_inputs
-from graphprune.labels import propagate
+from graphprune.labels.propagate import BATCH, propagate
 from graphprune.load import ScriptedModel, is_onnx, load_model, load_weights
 from graphprune.lowering import copies, exported, sized, symbolic
 from graphprune.lowering.sized import may_vary, resize
@@ -42,6 +42,7 @@ from graphprune.uncaptured import capture_whole
 __all__ = ["capture", "capture_graph"]
 
 _PROBE_BATCH = 3
+"""Another batch size than the example's, at which graph and model must agree."""
 _INPUT_HINT = "give one with --input 1x3x224x224 (or example_inputs=torch.randn(1, 3, 224, 224))"
 
 
@@ -401,12 +402,14 @@ def _dynamic_program(
         dynamic_batch=True,
         source=source,
     )
+    # The batch of the analysis, so that it need not run again; it must not be the example's own.
+    batch = BATCH if inputs[0].shape[0] != BATCH else _PROBE_BATCH
     try:
-        values = propagate(program, batch=_PROBE_BATCH).values
+        values = propagate(program, batch=batch).values
     except AnalysisError:
         return None
     outputs = [info for info in tree_leaves(list(values.values())[-1]) if hasattr(info, "shape")]
-    return program if all(info.shape[:1] == (_PROBE_BATCH,) for info in outputs) else None
+    return program if all(info.shape[:1] == (batch,) for info in outputs) else None
 
 
 def _shapes(

@@ -159,7 +159,7 @@ class DependencyGroups(Facts):
 
     @cached_property
     def nests(self) -> tuple[Atoms, ...]:
-        """Arrays of coupled channels whose rows (last axis) keep equal counts."""
+        """Arrays of coupled channels whose rows (last axis) keep equal counts, and so on outwards."""
         return tuple(self.channel_of[nest.atoms] for nest in self.labels.table.nests)
 
     @cached_property
@@ -202,6 +202,8 @@ class DependencyGroups(Facts):
     def broken(self, keep: Keep) -> list[Atoms]:
         """Return the channels of every nest or grid whose rows would not match, and of every tensor left empty."""
         found = [self.nests[position] for position in self._unequal(keep)]
+        if (gone := np.flatnonzero(~keep & self.pinned)).size:  # a block took one along
+            found.append(gone)
         return [*found, *self._uneven(keep), *self._empty(keep)]
 
     def _uneven(self, keep: Keep) -> list[Atoms]:
@@ -217,9 +219,13 @@ class DependencyGroups(Facts):
         """Return the positions in `nests` whose rows would keep unequal counts."""
         found = []
         for position, nest in enumerate(self.nests):
-            counts = keep[nest].sum(axis=-1)
-            if len(set(counts[counts > 0].tolist())) > 1:
-                found.append(position)
+            present = keep[nest]
+            while present.ndim > 1:
+                counts = present.sum(axis=-1)
+                present = counts > 0
+                if len(set(counts[present].tolist())) > 1:
+                    found.append(position)
+                    break
         return found
 
     def _empty(self, keep: Keep) -> list[Atoms]:

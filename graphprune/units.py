@@ -272,7 +272,7 @@ def _channel_sets(
             standing[array] = False
         sets += [elements.expanded(s) for s in _tied(cluster, elements)]
     for nest in groups.nests:
-        nested[nest] = True
+        nested[nest] |= len(_rows(nest)) > 1
     sets.append(elements.expanded(_Sets.singles(np.flatnonzero(standing))))
     alone = free & (owner >= 0) & ~nested
     whole = (_with_members(groups, int(c)) for c in np.flatnonzero(alone & composite))
@@ -353,8 +353,8 @@ def _head_sets(groups: DependencyGroups, owner: Atoms, heads: Flags) -> list[Ato
 
 def _clusters(nests: Iterable[Atoms]) -> list[list[Atoms]]:
     """Return nests, as 2-D arrays of rows, grouped so that those which share channels are together."""
-    rows = (n.reshape(-1, n.shape[-1]) for n in nests)
-    arrays = list({(a.tobytes(), a.shape): a for a in rows}.values())
+    rows = (_rows(n) for n in nests)
+    arrays = list({(a.tobytes(), a.shape): a for a in rows if len(a) > 1}.values())
     if not arrays:
         return []
     channels = np.concatenate([a.ravel() for a in arrays])
@@ -368,6 +368,13 @@ def _clusters(nests: Iterable[Atoms]) -> list[list[Atoms]]:
     for array, mark in zip(arrays, label.tolist(), strict=True):
         clusters.setdefault(mark, []).append(array)
     return list(clusters.values())
+
+
+def _rows(nest: Atoms) -> Atoms:
+    """Return the rows of a nest; one whose rows are a single channel each, such as a pixel shuffle's, ties nothing."""
+    while nest.ndim > 1 and bool((nest == nest[..., :1]).all()):
+        nest = nest[..., 0]
+    return nest.reshape(-1, nest.shape[-1])
 
 
 def _tied(cluster: list[Atoms], elements: _Elements) -> list[_Sets]:
@@ -407,6 +414,9 @@ def _signatures(cluster: list[Atoms]) -> tuple[Atoms, Atoms]:
 
 
 def _is_balanced(signature: Atoms, cluster: list[Atoms]) -> bool:
-    """Whether removing a channel of this signature takes the same number from every row of every nest."""
+    """Whether removing a channel of this signature takes equally from every row of every nest, or whole rows."""
     ends = np.cumsum([len(a) for a in cluster])
-    return all((part == part[0]).all() for part in np.split(signature, ends[:-1]))
+    return all(
+        bool((part == part[0]).all() or ((part == 0) | (part == nest.shape[1])).all())
+        for part, nest in zip(np.split(signature, ends[:-1]), cluster, strict=True)
+    )

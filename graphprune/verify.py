@@ -204,6 +204,10 @@ def relative(old: Tensor, new: Tensor) -> float:
     """Return the largest difference, relative to the largest value; NaN where only one side is finite."""
     if not old.numel():
         return 0.0
+    if old.is_complex() and new.is_complex():
+        return relative(
+            torch.view_as_real(old.resolve_conj()), torch.view_as_real(new.resolve_conj())
+        )
     if not old.is_floating_point():
         return 0.0 if torch.equal(old, new) else math.inf
     same = (old == new) | (old.isnan() & new.isnan())
@@ -234,10 +238,16 @@ def _difference(info: Any, old: Any, new: Any, atoms: NDArray[np.bool_], node: f
 
 def restrict(info: TensorInfo, value: Tensor, atoms: NDArray[np.bool_]) -> Tensor:
     """Return `value` without the elements whose atoms are gone."""
+    done: set[int] = set()
     for field in info.fields:
         kept = atoms[field.atoms]
         if kept.all():
             continue
+        for axis, dim in enumerate(field.dims):
+            if dim in done:  # blocks that are gone have gone with another label
+                others = tuple(a for a in range(kept.ndim) if a != axis)
+                kept = kept.compress(kept.any(axis=others), axis=axis)
+        done |= set(field.dims)
         if len(field.dims) == 1:
             value = value.index_select(field.dims[0], torch.from_numpy(np.flatnonzero(kept)))
             continue
@@ -282,6 +292,21 @@ def _run(
             env.pop(used, None)
 
 
+_UNDEFINED = frozenset(
+    """empty empty_like empty_strided empty_permuted new_empty new_empty_strided rand rand_like randn randn_like
+    bernoulli normal_ uniform_ bernoulli_""".split()
+)
+"""Operators whose values are those of no channel, and other ones at every run."""
+
+
+def _defined(func: Any, result: Any) -> Any:
+    """Return what an operator returned, filled with one number where its values mean nothing."""
+    name = func._schema.name.removeprefix("aten::")
+    if name in _UNDEFINED and isinstance(result, Tensor) and result.is_floating_point():
+        result.fill_(0.5)
+    return result
+
+
 class Promote(TorchDispatchMode):
     """Keeps the whole computation at one precision: casts to a lower one become casts to this one."""
 
@@ -297,7 +322,7 @@ class Promote(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = self.promoted(args, kwargs or {})
-        return func(*args, **kwargs)
+        return _defined(func, func(*args, **kwargs))
 
     def enter(self, node: str) -> None:
         """Start a node."""
@@ -348,7 +373,7 @@ class MaskMode(Promote):
         name = func._schema.name
         consumers = self.consumers_of(name)
         if not consumers:
-            return func(*args, **kwargs)
+            return _defined(func, func(*args, **kwargs))
         if name in _STATISTICS and not (name == "aten::mean" and self.node in self.means):
             return _STATISTICS[name](args, kwargs, self._mask(consumers, args[0]))
         slots = iter(range(1 << 30))

@@ -246,7 +246,7 @@ def test_proof_says_what_it_compared(
     assert check.max_abs_err is not None
     assert check.max_abs_err < 1e-12
     assert check.detail == (
-        "float64, masked program on 3 random samples, relative to the largest value"
+        "float64, masked program on 2 random samples, relative to the largest value"
     )
 
 

@@ -23,6 +23,7 @@ __all__ = ["attributes_of", "update_attributes"]
 Attributes = Mapping[str, Any]
 Rule = Callable[[Any, Shapes, TensorInfo, TensorInfo], Attributes]
 _RULES: dict[type[nn.Module], Rule] = {}
+_GATES = {"LSTM": 4, "GRU": 3}
 
 
 def attributes_of(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -56,8 +57,8 @@ def update_attributes(
     for node in graph.nodes:
         if node.op != "call_module" or not node.args:
             continue
-        before, after = shapes.info(node.args[0]), shapes.info(node)
-        if before is None or after is None or not (shapes.changed(before) or shapes.changed(after)):
+        before, after = shapes.info(node.args[0]), shapes.first(node)
+        if before is None or after is None or not shapes.touched(node):
             continue
         target = modules[str(node.target)]
         for name, value in _values(target, str(node.target), shapes, before, after).items():
@@ -133,7 +134,27 @@ def _prelu(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -
     return {"num_parameters": module.weight.shape[0]}
 
 
-@attributes_of(nn.Embedding)
+@attributes_of(nn.RNNBase)
+def _recurrent(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    sizes = {"input_size": module.weight_ih_l0.shape[1]}
+    sizes["hidden_size"] = len(module.weight_hh_l0) // _GATES.get(module.mode, 1)
+    if module.proj_size:
+        sizes["proj_size"] = len(module.weight_hr_l0)
+    return sizes
+
+
+@attributes_of(nn.RNNCellBase)
+def _cell(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
+
+
+@attributes_of(nn.Bilinear)
+def _bilinear(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
+    outs, first, second = module.weight.shape
+    return {"out_features": outs, "in1_features": first, "in2_features": second}
+
+
+@attributes_of(nn.Embedding, nn.EmbeddingBag)
 def _embedding(module: Any, shapes: Shapes, before: TensorInfo, after: TensorInfo) -> Attributes:
     return {"embedding_dim": module.weight.shape[1]}
 

@@ -293,7 +293,9 @@ def _repeat(site: Site) -> None:
     ins = [1] * shift + list(site.shapes.shape(source))
     wanted = [o // max(1, i) for o, i in zip(site.shapes.shape(out), ins, strict=True)]
     if site.shapes.changed(out):
-        _write_sizes(site, 1, wanted, spare=False)
+        given = site.arg(1, "repeats", site.node.kwargs.get("dims"))
+        count = len(given) if isinstance(given, (tuple, list)) else len(site.node.args) - 1
+        _write_sizes(site, 1, wanted[-count:], spare=False)
 
 
 # -- ranges -------------------------------------------------------------------------------------------------------
@@ -343,15 +345,32 @@ def _narrow(site: Site) -> None:
 def _slice(site: Site) -> None:
     source = site.info(site.node.args[0])
     dim = site.arg(1, "dim", 0) % len(source.shape)
-    start, stop = _range(site, source, dim, site.arg(2, "start"), site.arg(3, "end"))
+    start, stop = _range(
+        site, source, dim, site.arg(2, "start"), site.arg(3, "end"), site.arg(4, "step")
+    )
     if start != site.arg(2, "start"):
         site.put(2, "start", start)
     if stop != site.arg(3, "end"):
         site.put(3, "end", stop)
 
 
-def _range(site: Site, source: TensorInfo, dim: int, start: Any, stop: Any) -> tuple[Any, Any]:
-    """Return the new ends of ``start:stop`` along `dim`."""
+@literals_of("slice_scatter")
+def _slice_scatter(site: Site) -> None:
+    source = site.info(site.node.args[0])
+    dim = site.arg(2, "dim", 0) % len(source.shape)
+    start, stop = _range(
+        site, source, dim, site.arg(3, "start"), site.arg(4, "end"), site.arg(5, "step")
+    )
+    if start != site.arg(3, "start"):
+        site.put(3, "start", start)
+    if stop != site.arg(4, "end"):
+        site.put(4, "end", stop)
+
+
+def _range(
+    site: Site, source: TensorInfo, dim: int, start: Any, stop: Any, step: Any
+) -> tuple[Any, Any]:
+    """Return the new ends of ``start:stop:step`` along `dim`."""
     field = source.field_of(dim)
     if field is None or site.shapes.is_whole(field):
         return start, stop
@@ -361,8 +380,10 @@ def _range(site: Site, source: TensorInfo, dim: int, start: Any, stop: Any) -> t
     # The old ends, in the old numbers: a computed end is taken from the dense run.
     old = [site.shapes.values[e.name] if isinstance(e, fx.Node) else e for e in (start, stop)]
     first, last, _ = slice(*old).indices(source.shape[dim])
-    new_start = site.shapes.kept_in(source, dim, 0, first)
-    new_stop = new_start + site.shapes.kept_in(source, dim, first, last)
+    # Runs of `step` neighbours stay or go together, so the place within a run is what it was.
+    inside = first % (step or 1)
+    new_start = site.shapes.kept_in(source, dim, 0, first - inside) + inside
+    new_stop = site.shapes.kept_in(source, dim, 0, last)
     return (None if old[0] is None else new_start), (None if old[1] is None else new_stop)
 
 
@@ -385,12 +406,31 @@ def _getitem(site: Site) -> None:
             result.append(item)
             continue
         if isinstance(item, slice):
-            start, stop = _range(site, source, dim, item.start, item.stop)
+            start, stop = _range(site, source, dim, item.start, item.stop, item.step)
             item = slice(start, stop, item.step)
         result.append(item)
         dim += 1
     if result != items:
         site.node.update_arg(1, tuple(result) if isinstance(index, (tuple, list)) else result[0])
+
+
+@literals_of("roll")
+def _roll(site: Site) -> None:
+    source = site.info(site.node.args[0])
+    shifts, dims = site.arg(1, "shifts"), site.arg(2, "dims", ())
+    if (not dims and dims != 0) or not site.shapes.changed(source):
+        return
+    single = isinstance(dims, int)
+    wanted = []
+    for shift, dim in zip([shifts] if single else shifts, [dims] if single else dims, strict=True):
+        axis, size = dim % len(source.shape), source.shape[dim]
+        value = site.shapes.values[shift.name] if isinstance(shift, fx.Node) else shift
+        if isinstance(shift, fx.Node):
+            site.done.add(shift)
+        round_ = value % size
+        kept = site.shapes.kept_in(source, axis, size - round_, size)
+        wanted.append(shift if kept == round_ else kept)
+    site.put(1, "shifts", wanted[0] if isinstance(shifts, (int, fx.Node)) else type(shifts)(wanted))
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import fx
 
 from graphprune.labels.field import Field, kept_extent
 from graphprune.labels.trace import Labels, TensorInfo
@@ -30,6 +31,16 @@ class Shapes:
         """Return what is known of a node that produced one tensor."""
         found = self.values.get(getattr(value, "name", ""))
         return found if isinstance(found, TensorInfo) else None
+
+    def touched(self, node: fx.Node) -> bool:
+        """Whether a tensor that the node takes or produces shrinks."""
+        names = (node.name, *(n.name for n in node.all_input_nodes))
+        infos = (leaf for name in names for leaf in _leaves(self.values.get(name)))
+        return any(self.changed(info) for info in infos)
+
+    def first(self, node: fx.Node) -> TensorInfo | None:
+        """Return what is known of the first tensor that a node produced."""
+        return next(_leaves(self.values.get(node.name)), None)
 
     def is_whole(self, field: Field) -> bool:
         """Whether everything that `field` labels stays."""
@@ -70,3 +81,15 @@ class Shapes:
     def sizes(self, infos: Sequence[TensorInfo], dim: int) -> list[int]:
         """Return the new size along `dim` of several tensors."""
         return [self.size(info, dim) for info in infos]
+
+
+def _leaves(value: Any) -> Iterator[TensorInfo]:
+    """Yield every tensor in what a node produced."""
+    if isinstance(value, TensorInfo):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)

@@ -127,5 +127,8 @@ def _with_tensors(tree: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
         for registry in registries:
             for name, value in registry.items():
                 if isinstance(value, Tensor):
-                    registry[name] = tensors[id(value)]
+                    # A weight that a hook computes before each call (weight norm) is no tensor of the program.
+                    registry[name] = tensors.get(id(value), value)
+                elif type(value) is list and any(isinstance(v, Tensor) for v in value):
+                    registry[name] = [tensors.get(id(v), v) for v in value]
     return tree

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from graphprune.labels.atoms import Atoms, AtomTable
 
-__all__ = ["Field", "Fields", "coarsen", "fix", "kept_extent", "meet", "settle"]
+__all__ = ["Field", "Fields", "coarsen", "fix", "kept_extent", "meet", "settle", "tidied"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,19 @@ def coarsen(table: AtomTable, field: Field, dims: Iterable[int]) -> Field:
     rows = field.atoms.transpose([*others, *keep]).reshape(-1, math.prod(shape))
     columns = table.grid(np.ascontiguousarray(rows))
     return Field(tuple(field.dims[axis] for axis in keep), columns.reshape(shape))
+
+
+def tidied(table: AtomTable, fields: Sequence[Field]) -> Fields:
+    """Return `fields` without those that say no more than another: blocks alone, where another has their members."""
+    result = []
+    for field in fields:
+        wider = next((f for f in fields if set(field.dims) < set(f.dims)), None)
+        if wider is None:
+            result.append(field)
+        else:
+            coarse = coarsen(table, wider, field.dims)
+            table.unify(coarse.atoms, _aligned(field, coarse.dims))
+    return tuple(result)
 
 
 def fix(table: AtomTable, field: Field, dim: int, why: str, node: str) -> None:
@@ -122,26 +135,33 @@ def meet(
 
 def _merge(table: AtomTable, merged: list[Field], field: Field, node: str) -> None:
     """Add `field` to `merged`, unified with the fields that it shares dimensions with."""
-    for position, other in enumerate(merged):
-        if other.dims == field.dims:
-            table.unify(other.atoms, field.atoms)
-            return
+    for other in list(merged):
         shared = set(other.dims) & set(field.dims)
         if not shared:
             continue
+        if other.dims == field.dims:
+            table.unify(other.atoms, field.atoms)
+            return
         if shared == set(other.dims) == set(field.dims):
             table.unify(_packed(table, other, node), _aligned(field, other.dims))
-        elif shared == set(field.dims):
+            return
+        if shared == set(field.dims):
             coarse = coarsen(table, other, field.dims)
             table.unify(coarse.atoms, _aligned(field, coarse.dims))
-        elif shared == set(other.dims):
+            return
+        if shared == set(other.dims):
             coarse = coarsen(table, field, other.dims)
             table.unify(_aligned(other, coarse.dims), coarse.atoms)
-            merged[position] = field
+            merged[:] = [f for f in merged if f is not other]
+        elif set(other.dims[: len(shared)]) == set(field.dims[: len(shared)]) == shared:
+            # Both lie in blocks over the same outer dimensions (heads): the blocks are the same.
+            outer = coarsen(table, other, shared)
+            coarse = coarsen(table, field, shared)
+            table.unify(outer.atoms, _aligned(coarse, outer.dims))
         else:
             table.pin(other.atoms, "two labels share only a part of their dimensions", node)
             table.pin(field.atoms, "two labels share only a part of their dimensions", node)
-        return
+            return
     merged.append(field)
 
 

@@ -30,7 +30,7 @@ from graphprune.labels.field import Field
 from graphprune.labels.trace import Call, Labels, ModuleCall, Source, TensorInfo, Trace
 from graphprune.program import Program
 
-__all__ = ["info_of", "propagate", "settled", "without_view_tracking"]
+__all__ = ["BATCH", "info_of", "propagate", "settled", "without_view_tracking"]
 
 BATCH = 2
 """Batch size of the labelled run: sizes of one are never labelled, and would hide what meets what."""
@@ -56,8 +56,7 @@ class _LabelMode(TorchDispatchMode):
         rule = find_rule(func)
         kwargs = kwargs or {}
         if rule is None:
-            with self:
-                result = func.decompose(*args, **kwargs)
+            result = self._decomposed(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         call = Call(func, args, kwargs)
@@ -66,6 +65,17 @@ class _LabelMode(TorchDispatchMode):
         if rule is not None:
             return rule(trace, call)
         return _without_rule(trace, call)
+
+    def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator as the parts that PyTorch makes of it; NotImplemented where it has none."""
+        try:
+            with self:
+                return func.decompose(*args, **kwargs)
+        except RuntimeError:
+            # The parts may ask for values, or for tensors on one device; shapes are all that there is.
+            if all(t.is_meta == self.trace.is_meta(t) for t in args if isinstance(t, Tensor)):
+                raise
+            return NotImplemented
 
 
 def _without_rule(trace: Trace, call: Call) -> Any:

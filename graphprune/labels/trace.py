@@ -247,6 +247,25 @@ class Trace:
         """Forbid removals that change the sizes along `dims`; return the label over the other dimensions."""
         return settle(self.table, field_, dims, why, self.node)
 
+    def plain(self, tensor: Tensor, dims: Iterable[int], why: str) -> Tensor:
+        """Return `tensor` as one that is labelled along each of `dims` on its own, and nowhere else.
+
+        A parameter is so already; what the graph computes from parameters may not be.
+        """
+        if id(tensor) in self._sources:
+            return tensor
+        wanted = set(dims)
+        found: dict[int, Atoms] = {}
+        for one in self._fields.get(id(tensor), ()):
+            inside = [d for d in one.dims if d in wanted]
+            lost = [d for d in one.dims if d not in inside[:1]]
+            left = self.settle(one, lost, why) if lost else one
+            if left is not None and left.dims[0] in found:
+                self.unify(found[left.dims[0]], left.atoms)
+            elif left is not None:
+                found[left.dims[0]] = left.atoms
+        return self.new(tensor.shape, tensor, tuple(Field((d,), a) for d, a in found.items()))
+
     def freeze(self, tensor: Tensor, why: str) -> None:
         """Pin everything that `tensor` carries."""
         if source := self._sources.get(id(tensor)):

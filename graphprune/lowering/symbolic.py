@@ -26,7 +26,12 @@ __all__ = [
 ]
 
 _TRANSPARENT = ("torch", "operator", "_operator", "math", "builtins")
-_THROUGH = (nn.TransformerEncoderLayer,)
+_THROUGH = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.TransformerDecoder,
+    nn.Transformer,
+)
 _COMPOSITE = {"torch.nn.functional.multi_head_attention_forward"}
 
 

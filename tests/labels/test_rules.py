@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision  # noqa: F401 - registers operators of its own
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -75,10 +76,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int, int, list[str]]] = {
         lambda x: x[:, ::2],
         6,
         3,
-        [
-            "3: a.weight[0] b.weight[1] | sliced with a step (node getitem)",
-            "3: a.weight[0] | sliced with a step (node getitem)",
-        ],
+        ["3: a.weight[0] b.weight[1]"],
     ),
     "pad": (
         lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
@@ -110,10 +108,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int, int, list[str]]] = {
         lambda x: x.flip(1),
         4,
         4,
-        [
-            "4: a.weight[0] | rolled or flipped (node flip)",
-            "4: b.weight[1] | meets a dimension whose size cannot change (node b)",
-        ],
+        ["4: a.weight[0] b.weight[1]"],
     ),
     "flip of space": (lambda x: x.flip(2), 4, 4, ["4: a.weight[0] b.weight[1]"]),
     "repeat": (lambda x: x.repeat(1, 2, 1, 1), 4, 8, ["4: a.weight[0] b.weight[1]"]),
@@ -259,10 +254,10 @@ def test_operator_cannot_have_two_rules() -> None:
 
 def test_operator_without_a_rule_pins_what_reaches_it_and_is_reported() -> None:
     parts = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 4, 1), "c": nn.Conv2d(4, 2, 1)}
-    groups = groups_of(lambda m, x: m.c(m.b(torch.ops.aten.nextafter(m.a(x), x.sum()))), parts)
-    name = "aten.nextafter.default"
-    assert groups.labels.unknown == {name: ("nextafter",)}
-    why = f"operator {name} has no labelling rule (node nextafter)"
+    groups = groups_of(lambda m, x: m.c(m.b(m.a(x).masked_scatter(m.a(x) > 0, x))), parts)
+    name = "aten.masked_scatter.default"
+    assert groups.labels.unknown == {name: ("masked_scatter",)}
+    why = f"operator {name} has no labelling rule (node masked_scatter)"
     assert lines_of(groups)[0] == f"6: a.weight[0] a.bias[0] | {why}"
     assert "4: b.weight[0] b.bias[0] c.weight[1]" in lines_of(groups)
     assert any(k.what == "a.weight[0] (6 channels)" and k.why == why for k in groups.kept)

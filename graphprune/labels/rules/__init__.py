@@ -7,8 +7,10 @@ the family that it belongs to, or a function under ``@rule("namespace::name")``:
 contraction.py     convolution, linear, matmul, scaled dot product: labels meet along what is summed over
 detection.py       torchvision's regions of a feature map
 elementwise.py     labels that meet are the same channel
+indexing.py        index, gather, scatter, index_add, ...: read and write by number
 movement.py        view, permute, cat, split, slice, pad, ...: the label moves as the data does
 normalization.py   batch, layer, group, instance, RMS norm: affine weights meet the channel
+recurrent.py       LSTM, GRU, RNN: a hidden unit has a row in every gate
 reduction.py       sum, mean, softmax, sort, ... along a dimension
 spatial.py         pooling, resampling: leading dimensions keep their label
 source.py          tensors that the graph makes: zeros, full, arange, embedding tables
@@ -19,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from graphprune.labels.trace import Call, Rule, Trace
@@ -59,6 +63,9 @@ def find_rule(func: Any) -> Rule | None:
     if found is None and name.endswith("_") and not name.endswith("__"):
         functional = _RULES.get(name.removesuffix("_"))
         found = None if functional is None else _in_place(functional)
+    if found is None and torch.Tag.pointwise in func.tags and len(func._schema.returns) == 1:
+        found = elementwise.pointwise
+        found = _in_place(found) if name.endswith("_") else found
     _FOUND[func] = found
     return found
 
@@ -83,13 +90,25 @@ from graphprune.labels.rules import (  # noqa: E402 - the families register them
     contraction,
     detection,
     elementwise,
+    indexing,
     movement,
     normalization,
+    recurrent,
     reduction,
     source,
     spatial,
 )
 
-assert all(
-    (contraction, detection, elementwise, movement, normalization, reduction, source, spatial)
+_FAMILIES = (
+    contraction,
+    detection,
+    elementwise,
+    indexing,
+    movement,
+    normalization,
+    recurrent,
+    reduction,
+    source,
+    spatial,
 )
+assert all(_FAMILIES)

@@ -6,6 +6,7 @@ convolutions have a fast path because they are most of most networks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.labels.atoms import Atoms
-from graphprune.labels.field import Field, Fields, coarsen, meet
+from graphprune.labels.field import Field, Fields, coarsen, meet, tidied
 from graphprune.labels.rules import rule
 from graphprune.labels.rules.elementwise import FIXED
 from graphprune.labels.trace import Call, Trace
@@ -27,20 +28,21 @@ def contracted(
     call: Call,
     operands: Sequence[tuple[Tensor, Sequence[int]]],
     sizes: Sequence[int],
-    reduced: int,
+    reduced: int | Sequence[int],
 ) -> Fields:
-    """Multiply tensors over a shared index space and sum over one dimension of it.
+    """Multiply tensors over a shared index space and sum over dimensions of it.
 
     Args:
         trace: The propagation.
         call: The operator at work.
         operands: Each tensor, with the place of each of its dimensions in the space.
         sizes: Extent of the space.
-        reduced: The dimension that is summed over.
+        reduced: The dimension that is summed over, or several.
 
     Returns:
         The fields of the result, in the numbering of the space.
     """
+    gone = {reduced} if isinstance(reduced, int) else set(reduced)
     moved = []
     for tensor, place in operands:
         wrong = [d for d, p in enumerate(place) if tensor.shape[d] not in (1, sizes[p])]
@@ -50,25 +52,41 @@ def contracted(
             )
         fields = tuple(f.moved(place) for f in trace.fields(tensor))
         moved.append((fields, frozenset(p for d, p in enumerate(place) if tensor.shape[d] > 1)))
+    left = set(gone)
     for (tensor, place), (fields, _) in zip(operands, moved, strict=True):
-        summed = next((f for f in fields if reduced in f.dims), None)
-        if summed is not None:
-            own = [list(place).index(d) for d in summed.dims]
-            trace.consume(call, tensor, Field(tuple(own), summed.atoms))
-            break
+        for summed in fields:
+            if left & set(summed.dims):
+                own = [list(place).index(d) for d in summed.dims]
+                trace.consume(call, tensor, Field(tuple(own), summed.atoms))
+        left -= {d for f in fields for d in f.dims}
     merged = meet(trace.table, moved, FIXED, trace.node)
-    labelled = {d for f in merged for d in f.dims}
-    constant = math.prod(n for d, n in enumerate(sizes) if d not in labelled)
-    trace.count(constant, *(f.atoms for f in merged))
-    result = []
+    _count(trace, merged, sizes)
+    result: list[Field] = []
     for field in merged:
-        rest = [d for d in field.dims if d != reduced]
+        rest = [d for d in field.dims if d not in gone]
         if len(rest) == len(field.dims):
             result.append(field)
         elif rest:
             trace.table.products.append(field.atoms)
             result.append(coarsen(trace.table, field, rest))
-    return tuple(result)
+    return tidied(trace.table, result)
+
+
+def _count(trace: Trace, merged: Fields, sizes: Sequence[int]) -> None:
+    """Note the multiplications of a product over `sizes`, block by block where labels share their outer dimensions."""
+    labelled = {d for f in merged for d in f.dims}
+    constant = math.prod(n for d, n in enumerate(sizes) if d not in labelled)
+    shared = {d for f in merged for d in f.dims if sum(d in g.dims for g in merged) > 1}
+    if not shared:
+        trace.count(constant, *(f.atoms for f in merged))
+        return
+    order = sorted(shared)
+    for index in itertools.product(*(range(sizes[d]) for d in order)):
+        at = dict(zip(order, index, strict=True))
+        trace.count(
+            constant,
+            *(f.atoms[tuple(at.get(d, slice(None)) for d in f.dims)].ravel() for f in merged),
+        )
 
 
 def _product(trace: Trace, call: Call, a: Tensor, b: Tensor) -> tuple[tuple[int, ...], Fields]:
@@ -89,7 +107,7 @@ def _product(trace: Trace, call: Call, a: Tensor, b: Tensor) -> tuple[tuple[int,
     return sizes, fields
 
 
-@rule("matmul", "mm", "bmm", "dot", "mv")
+@rule("matmul", "mm", "bmm", "dot", "vdot", "mv")
 def matmul(trace: Trace, call: Call) -> Any:
     """Matrix product, batched or not; vectors count as a single row or column."""
     a, b = call.args
@@ -99,7 +117,7 @@ def matmul(trace: Trace, call: Call) -> Any:
     return trace.new(shape, a, fields)
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm", "addmv")
 def addmm(trace: Trace, call: Call) -> Any:
     """A matrix product plus a bias."""
     bias, a, b = call.args[:3]
@@ -119,6 +137,82 @@ def linear(trace: Trace, call: Call) -> Any:
         operands = [(fields, frozenset(range(rank))), trace.operand(bias, rank)]
         fields = meet(trace.table, [operands[0], operands[1]], FIXED, trace.node)
     return trace.new(sizes[:-1], x, fields)
+
+
+@rule("inner")
+def inner(trace: Trace, call: Call) -> Any:
+    """Sums of products along the last dimensions."""
+    a, b = call.args
+    if (not trace.is_meta(a) and not trace.is_meta(b)) or not a.dim() or not b.dim():
+        return trace.apply(torch.ops.aten.mul.Tensor, a, b)
+    rank = a.dim() + b.dim() - 2
+    place_a = [*range(a.dim() - 1), rank]
+    place_b = [*range(a.dim() - 1, rank), rank]
+    sizes = (*a.shape[:-1], *b.shape[:-1])
+    fields = contracted(trace, call, [(a, place_a), (b, place_b)], (*sizes, a.shape[-1]), rank)
+    return trace.new(sizes, a, fields)
+
+
+@rule("einsum")
+def einsum(trace: Trace, call: Call) -> Any:
+    """Products and sums over named dimensions."""
+    equation, tensors = call.args[0].replace(" ", ""), list(call.args[1])
+    ins, _, outs = equation.partition("->")
+    terms = ins.split(",")
+    ellipsis = max(
+        (
+            t.dim() - len(term.replace("...", ""))
+            for t, term in zip(tensors, terms, strict=True)
+            if "..." in term
+        ),
+        default=0,
+    )
+    # Dimensions under an ellipsis get names of their own, aligned at the end.
+    names = [chr(0x2460 + i) for i in range(ellipsis)]
+
+    def spelled(term: str, rank: int | None) -> list[str]:
+        given = list(term.replace("...", "\0"))
+        count = ellipsis if rank is None else rank - len(given) + 1
+        return [n for c in given for n in (names[ellipsis - count :] if c == "\0" else [c])]
+
+    placed = [spelled(term, t.dim()) for term, t in zip(terms, tensors, strict=True)]
+    letters = list(dict.fromkeys(c for one in placed for c in one))
+    if "->" in equation:
+        kept = spelled(outs, None)
+    else:
+        once = [c for c in sorted(letters) if sum(one.count(c) for one in placed) == 1]
+        kept = names + [c for c in once if c not in names]
+    if any(len(set(one)) != len(one) for one in placed):
+        return _diagonal(trace, call)
+    order = [*kept, *(c for c in letters if c not in kept)]
+    sizes = [1] * len(order)
+    for tensor, one in zip(tensors, placed, strict=True):
+        for dim, c in enumerate(one):
+            sizes[order.index(c)] = max(sizes[order.index(c)], tensor.shape[dim])
+    operands = [(t, [order.index(c) for c in one]) for t, one in zip(tensors, placed, strict=True)]
+    fields = contracted(trace, call, operands, sizes, range(len(kept), len(order)))
+    return trace.new(tuple(sizes[: len(kept)]), tensors[0], fields)
+
+
+def _diagonal(trace: Trace, call: Call) -> Any:
+    """Keep everything of an einsum that takes a diagonal."""
+    for tensor in call.tensors():
+        trace.freeze(tensor, "a diagonal is taken of it")
+    return trace.run(call)
+
+
+@rule("bilinear")
+def bilinear(trace: Trace, call: Call) -> Any:
+    """Two inputs, contracted with a weight (outputs, first, second)."""
+    x, y, weight = call.args[:3]
+    bias = call.arg(3, "bias")
+    lead = list(range(x.dim() - 1))
+    o, i, j = len(lead), len(lead) + 1, len(lead) + 2
+    sizes = (*x.shape[:-1], *weight.shape)
+    operands = [(x, [*lead, i]), (y, [*lead, j]), (weight, [o, i, j])]
+    fields = contracted(trace, call, operands, sizes, (i, j))
+    out = trace.new(sizes[: o + 1], x, fields)
+    return out if bias is None else trace.apply(torch.ops.aten.add.Tensor, out, bias)
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
@@ -212,6 +306,7 @@ def convolution(trace: Trace, call: Call) -> Any:
             f"{call.name} takes {wanted} floating channels, found {x.dtype} of shape {tuple(x.shape)}"
         )
     ins = _channel_axis(trace, call, x, channel)
+    weight = trace.plain(weight, (0, 1), "the kernel of a convolution")
     outs, counted = (_transposed if transposed else _forward)(trace, weight, ins, groups)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     if bias is not None and (own := trace.axis(bias, 0)) is not None:
@@ -261,6 +356,8 @@ def _channel_axis(trace: Trace, call: Call, x: Tensor, channel: int) -> Atoms | 
         others = [d for d in field.dims if d != channel]
         settled = trace.settle(field, others, "a convolution runs over it") if others else field
         if settled is not None:
+            if result is not None:
+                trace.unify(result, settled.atoms)
             result = settled.atoms
             trace.consume(call, x, settled)
     return result

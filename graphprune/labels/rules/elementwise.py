@@ -12,7 +12,7 @@ from graphprune.labels.field import Fields, meet
 from graphprune.labels.rules import rule
 from graphprune.labels.trace import Call, Trace
 
-__all__ = ["FIXED", "met"]
+__all__ = ["FIXED", "met", "pointwise"]
 
 FIXED = "meets a dimension whose size cannot change"
 
@@ -24,8 +24,10 @@ _SAME = """
     remainder fmod maximum minimum fmax fmin addcmul addcdiv lerp where masked_fill atan2 hypot logaddexp sinc
     dropout feature_dropout alpha_dropout native_dropout clone contiguous detach alias lift_fresh lift_fresh_copy
     to _to_copy type_as conj resolve_conj resolve_neg positive fake_quantize_per_tensor_affine
-    zeros_like ones_like full_like empty_like rand_like randn_like bernoulli xlogy copysign polar deg2rad
+    zeros_like ones_like full_like empty_like rand_like randn_like bernoulli xlogy copysign deg2rad
+    rrelu rrelu_with_noise
 """.split()
+_LIKE = ("aten::to", "aten::type_as")
 _BOOLEAN = """
     eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not logical_xor
     bitwise_and bitwise_or bitwise_not bitwise_xor
@@ -43,11 +45,15 @@ def _elementwise(trace: Trace, call: Call, dtype: torch.dtype | None) -> Any:
     tensors = call.tensors()
     if not any(trace.is_meta(t) for t in tensors):
         return trace.run(call)
+    if call.name in _LIKE and len(tensors) > 1:  # only the type of the second counts
+        dtype, tensors = tensors[1].dtype, tensors[:1]
     shape = (
         torch.broadcast_shapes(*(t.shape for t in tensors))
         if len(tensors) > 1
         else tensors[0].shape
     )
+    if dtype is None and any(t.is_complex() for t in tensors):
+        dtype = trace.run(call).dtype
     if dtype is None:
         named = next(
             (a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.dtype)), None
@@ -72,15 +78,24 @@ _CASTS = frozenset({"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguo
 def _is_square(call: Call) -> bool:
     if call.name in ("aten::mul", "aten::multiply"):
         return call.args[0] is call.args[1]
-    return call.name == "aten::square" or (
-        call.name == "aten::pow" and call.arg(1, "exponent") == 2
-    )
+    exponent = call.arg(1, "exponent") if call.name == "aten::pow" else None
+    return call.name == "aten::square" or (not isinstance(exponent, Tensor) and exponent == 2)
 
 
 @rule(*_BOOLEAN)
 def boolean(trace: Trace, call: Call) -> Any:
     """As `same`, for operators that return truth values."""
     return _elementwise(trace, call, torch.bool)
+
+
+@rule("complex", "polar", "real", "imag")
+def pointwise(trace: Trace, call: Call) -> Any:
+    """As `same`, for operators whose output is of a type that only they know: whatever PyTorch calls pointwise."""
+    tensors = call.tensors()
+    out = trace.run(call)
+    if not any(trace.is_meta(t) for t in tensors) or not isinstance(out, Tensor):
+        return out
+    return trace.label(out, met(trace, tensors, out.dim()))
 
 
 @rule("copy_")

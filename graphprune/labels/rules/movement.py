@@ -219,6 +219,31 @@ def _settled(trace: Trace, x: Tensor, dims: set[int]) -> Tensor:
     return trace.new(tuple(x.shape), x, tuple(f for f in fields if f is not None))
 
 
+@rule("view_as_complex")
+def view_as_complex(trace: Trace, call: Call) -> Any:
+    """Pairs along the last dimension become complex numbers: a pair goes as a whole."""
+    x = call.args[0]
+    last = x.dim() - 1
+    fields = (trace.settle(f, {last} & set(f.dims), "a complex number") for f in trace.fields(x))
+    return trace.label(trace.run(call), tuple(f for f in fields if f is not None))
+
+
+@rule("view_as_real")
+def view_as_real(trace: Trace, call: Call) -> Any:
+    """Complex numbers become pairs along a new last dimension."""
+    return trace.label(trace.run(call), trace.fields(call.args[0]))
+
+
+@rule("rot90")
+def rot90(trace: Trace, call: Call) -> Any:
+    """Turn a plane; what is labelled within it stays."""
+    x, plane = call.args[0], {d % call.args[0].dim() for d in call.arg(2, "dims", [0, 1])}
+    if not trace.is_meta(x):
+        return trace.run(call)
+    fields = (trace.settle(f, plane & set(f.dims), "turned") for f in trace.fields(x))
+    return trace.label(trace.run(call), tuple(f for f in fields if f is not None))
+
+
 # -- renaming dimensions ------------------------------------------------------------------------------------------
 
 
@@ -296,8 +321,6 @@ def squeeze(trace: Trace, call: Call) -> Any:
 def expand(trace: Trace, call: Call) -> Any:
     """Repeat dimensions of size one: the copies take the label of what they meet, so they get atoms of their own."""
     x = call.args[0]
-    if not trace.is_meta(x):
-        return trace.run(call)
     size = call.arg(1, "size")
     size = list(size.shape) if isinstance(size, Tensor) else list(size)
     shift = len(size) - x.dim()
@@ -306,6 +329,8 @@ def expand(trace: Trace, call: Call) -> Any:
     for dim, n in enumerate(shape):
         if n > 1 and (dim < shift or x.shape[dim - shift] == 1):
             fields.append(Field((dim,), trace.table.copies(n)))
+    if not trace.is_meta(x):  # known values, such as row numbers, may yet be spread over channels
+        return trace.label(trace.run(call), tuple(fields))
     return trace.new(tuple(shape), x, tuple(fields))
 
 
@@ -323,15 +348,24 @@ def _picked(trace: Trace, x: Tensor, dim: int, index: slice) -> Tensor:
         if dim not in field.dims:
             fields.append(field)
             continue
-        if index.step not in (None, 1):
-            trace.fix(field, dim, "sliced with a step")
         axis = field.dims.index(dim)
+        if index.step not in (None, 1):
+            _tie_steps(trace, field, axis, index.step)
         atoms = field.atoms[(slice(None),) * axis + (index,)]
         if size > 1:
             fields.append(Field(field.dims, atoms))
         else:
             fields.extend(_without_axis(trace, Field(field.dims, atoms), axis))
     return trace.new(shape, x, tuple(fields))
+
+
+def _tie_steps(trace: Trace, field: Field, axis: int, step: int) -> None:
+    """Let runs of `step` neighbours go together only, so that every step lands where it did among what is left."""
+    size = field.atoms.shape[axis]
+    for offset in range(1, step):
+        later = field.atoms.take(range(offset, size, step), axis=axis)
+        first = field.atoms.take(range(0, size, step), axis=axis)
+        trace.unify(first.take(range(later.shape[axis]), axis=axis), later)
 
 
 def _without_axis(trace: Trace, field: Field, axis: int) -> Fields:
@@ -416,6 +450,9 @@ def cat(trace: Trace, call: Call) -> Any:
     operands = []
     for tensor, along in zip(tensors, joined, strict=True):
         fields, extent = trace.operand(tensor, rank)
+        for field in fields:
+            if along is not None and field.dims != along.dims and dim in field.dims:
+                trace.settle(field, field.dims, "joined beside another label")
         labelled = set(along.dims) if along else {dim}
         operands.append(
             (tuple(f for f in fields if f is not along and dim not in f.dims), extent - labelled)
@@ -475,9 +512,13 @@ def pad(trace: Trace, call: Call) -> Any:
         if not before and not after:
             continue
         shape[dim] += before + after
-        position = next((i for i, f in enumerate(fields) if dim in f.dims), None)
-        if position is None:
+        inside = [i for i, f in enumerate(fields) if dim in f.dims]
+        if not inside:
             continue
+        for extra in reversed(inside[1:]):
+            settled = trace.settle(fields[extra], [dim], "padded")
+            fields[extra : extra + 1] = [settled] if settled else []
+        position = inside[0]
         field = fields[position]
         if not constant or len(field.dims) > 1:
             settled = trace.settle(field, [dim], "padded")
@@ -492,24 +533,39 @@ def pad(trace: Trace, call: Call) -> Any:
 # -- reordering ---------------------------------------------------------------------------------------------
 
 
-def _touched(call: Call, x: Tensor) -> set[int]:
-    """Return the dimensions that a roll or flip moves."""
-    dims = call.arg(2 if "roll" in call.func._schema.name else 1, "dims", [])
-    dims = [dims] if isinstance(dims, int) else dims
-    return {d % x.dim() for d in dims} or set(range(x.dim()))
-
-
-@rule("roll", "flip")
-def roll(trace: Trace, call: Call) -> Any:
-    """Reorder within dimensions; an order among channels that a cut would change is fixed."""
+@rule("flip", "fliplr", "flipud")
+def flip(trace: Trace, call: Call) -> Any:
+    """Turn dimensions round: what is left is turned round likewise."""
     x = call.args[0]
     if not trace.is_meta(x):
         return trace.run(call)
-    touched = _touched(call, x)
+    given = {"aten::fliplr": [1], "aten::flipud": [0]}.get(call.name)
+    touched = {d % x.dim() for d in (given or call.arg(1, "dims"))}
     fields = []
     for field in trace.fields(x):
-        settled = trace.settle(field, touched & set(field.dims), "rolled or flipped")
-        fields += [settled] if settled else []
+        axes = [axis for axis, d in enumerate(field.dims) if d in touched]
+        fields.append(Field(field.dims, np.flip(field.atoms, tuple(axes))) if axes else field)
+    return trace.new(x.shape, x, tuple(fields))
+
+
+@rule("roll")
+def roll(trace: Trace, call: Call) -> Any:
+    """Move indices round within dimensions, by as many as are left of those that come round."""
+    x, shifts, dims = call.args[0], call.arg(1, "shifts"), call.arg(2, "dims", [])
+    if not trace.is_meta(x):
+        return trace.run(call)
+    shifts, dims = ([v] if isinstance(v, int) else list(v) for v in (shifts, dims))
+    moved = {d % x.dim(): s for d, s in zip(dims, shifts, strict=True)} if dims else {}
+    fields = []
+    for field in trace.fields(x):
+        touched = {d for d in field.dims if not dims or moved.get(d, 0) % x.shape[d]}
+        if touched and (len(field.dims) > 1 or not dims):
+            settled = trace.settle(field, touched, "rolled")
+            fields += [settled] if settled else []
+        elif touched:
+            fields.append(Field(field.dims, np.roll(field.atoms, moved[field.dims[0]])))
+        else:
+            fields.append(field)
     return trace.new(x.shape, x, tuple(fields))
 
 
@@ -535,68 +591,3 @@ def repeat(trace: Trace, call: Call) -> Any:
             fields.append(Field((dim,), trace.table.copies(n)))
     shape = tuple(n * t for n, t in zip(sizes, times, strict=True))
     return trace.new(shape, x, tuple(fields))
-
-
-@rule("index", "_unsafe_index", "index_select", "gather", "take_along_dim", "unfold", "take")
-def index(trace: Trace, call: Call) -> Any:
-    """Pick elements by number: the picked dimensions cannot change, the others keep their label."""
-    x = call.args[0]
-    if not trace.is_meta(x):
-        return trace.run(call)
-    for tensor in call.tensors()[1:]:
-        trace.freeze(tensor, "holds indices")
-    out = trace.run(call)
-    name = call.func._schema.name
-    if name in ("aten::index", "aten::_unsafe_index"):
-        return trace.label(out, _indexed(trace, x, list(call.args[1]), out))
-    if name == "aten::take":
-        touched, kept = set(range(x.dim())), {}
-    else:
-        touched = {call.arg(1, "dim", call.kwargs.get("dimension", 0)) % x.dim()}
-        kept = {d: d for d in range(x.dim()) if d not in touched}
-    if name in ("aten::gather", "aten::take_along_dim"):
-        kept = {}
-    return trace.label(out, _kept_fields(trace, x, kept))
-
-
-@rule("index_put", "_unsafe_index_put")
-def index_put(trace: Trace, call: Call) -> Any:
-    """Write values at numbered places: the dimensions that are numbered cannot change, in the others labels meet."""
-    x, indices, values = call.args[:3]
-    if not any(trace.is_meta(t) for t in call.tensors()):
-        return trace.run(call)
-    for index in indices:
-        if index is not None:
-            trace.freeze(index, "holds indices")
-    places = [None if i is None else trace._to_meta(i) for i in indices]
-    picked = torch.ops.aten.index.Tensor(torch.empty(x.shape, device="meta"), places)
-    fields = _indexed(trace, x, list(indices), picked)
-    extent = frozenset(d for d, n in enumerate(picked.shape) if n > 1)
-    meet(trace.table, [(fields, extent), trace.operand(values, picked.dim())], FIXED, trace.node)
-    return trace.new(x.shape, x, trace.fields(x))
-
-
-def _indexed(trace: Trace, x: Tensor, indices: list[Any], out: Tensor) -> Fields:
-    used = [d for d, i in enumerate(indices) if i is not None]
-    if any(i is not None and i.dtype == torch.bool for i in indices):
-        return _kept_fields(trace, x, {})
-    rank = max(indices[d].dim() for d in used)
-    first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    kept, place = {}, 0
-    for dim in range(x.dim()):
-        if place == first:
-            place += rank
-        if dim not in used:
-            kept[dim] = place
-            place += 1
-    return _kept_fields(trace, x, kept)
-
-
-def _kept_fields(trace: Trace, x: Tensor, kept: dict[int, int]) -> Fields:
-    """Return the fields over dimensions in `kept` (old -> new); fix all others."""
-    fields = []
-    for field in trace.fields(x):
-        lost = [d for d in field.dims if d not in kept]
-        if settled := trace.settle(field, lost, "indexed by number"):
-            fields.append(Field(tuple(kept[d] for d in settled.dims), settled.atoms))
-    return tuple(fields)

@@ -52,6 +52,14 @@ def batch_norm(trace: Trace, call: Call) -> Any:
     x = call.args[0]
     x = _statistics(trace, call, x)
     fields = _met_along(trace, x, list(call.args[1:5]), min(1, x.dim() - 1))
+    # Statistics of the batch at hand run over all other dimensions.
+    first = 2 if call.name == "aten::instance_norm" else 0
+    if "no_training" not in call.name and (call.args[5] or call.args[3] is None):
+        settled = (
+            trace.settle(f, [d for d in f.dims if d >= first and d != 1], "normalised over it")
+            for f in fields
+        )
+        fields = tuple(f for f in settled if f is not None)
     out = trace.new(x.shape, x, fields)
     if call.func._schema.name in ("aten::batch_norm", "aten::instance_norm"):
         return out
@@ -93,6 +101,31 @@ def layer_norm(trace: Trace, call: Call) -> Any:
     return (out, trace.new(lead, x), trace.new(lead, x))
 
 
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(trace: Trace, call: Call) -> Any:
+    """A direction, divided by its norm over all but one dimension, times a magnitude: the norm is a sum of squares."""
+    direction, magnitude, dim = call.args[0], call.args[1], call.arg(2, "dim", 0)
+    kept = dim % direction.dim() if dim != -1 else None
+    for field in trace.fields(direction):
+        if field.dims != (kept,):
+            trace.consume(call, direction, field)
+    fields = meet(
+        trace.table,
+        [trace.operand(t, direction.dim()) for t in (direction, magnitude)],
+        FIXED,
+        trace.node,
+    )
+    out = trace.new(direction.shape, direction, fields)
+    return out if call.name == "aten::_weight_norm" else (out, trace.new(magnitude.shape, out))
+
+
+@rule("renorm")
+def renorm(trace: Trace, call: Call) -> Any:
+    """Slices along a dimension, scaled down by their norm over all others."""
+    trace.freeze(call.args[0], "renormalised")
+    return trace.run(call)
+
+
 @rule("group_norm", "native_group_norm")
 def group_norm(trace: Trace, call: Call) -> Any:
     """Statistics over groups of channels (dim 1): every group keeps equally many, and at least one."""
@@ -102,7 +135,12 @@ def group_norm(trace: Trace, call: Call) -> Any:
     params = list(call.args[1:3]) if native else [call.arg(2, "weight"), call.arg(3, "bias")]
     fields = _met_along(trace, x, params, 1)
     joint = next((f for f in fields if 1 in f.dims), None)
-    if joint is not None:
+    for field in fields:
+        if field is not joint:
+            trace.settle(field, field.dims, "group norm runs over it")
+    if joint is None:
+        fields = ()
+    else:
         settled = trace.settle(joint, [d for d in joint.dims if d != 1], "group norm runs over it")
         assert settled is not None
         rows = settled.atoms.reshape(groups, -1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphprune.labels.field import Field, Fields, coarsen
+from graphprune.labels.field import Field, Fields, coarsen, tidied
 from graphprune.labels.rules import rule
 from graphprune.labels.trace import Call, Trace
 
@@ -44,6 +44,7 @@ def _left(
             left = trace.settle(field, lost, STATISTIC)
         if left is not None:
             fields.append(left)
+    fields = list(tidied(trace.table, fields))
     if keepdim:
         return tuple(fields)
     position = [d - sum(r < d for r in dims) for d in range(x.dim())]
@@ -52,7 +53,8 @@ def _left(
 
 @rule("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "norm", "linalg_vector_norm",
 "logsumexp", "all",
-      "any", "argmax", "argmin", "median", "nansum", "var_mean", "std_mean", "count_nonzero", "mode")  # fmt: skip
+      "any", "argmax", "argmin", "median", "nansum", "var_mean", "std_mean", "count_nonzero", "mode", "kthvalue",
+      "aminmax", "nanmean", "nanmedian")  # fmt: skip
 def reduce(trace: Trace, call: Call) -> Any:
     """Reduce some or all dimensions."""
     x = call.args[0]
@@ -63,14 +65,19 @@ def reduce(trace: Trace, call: Call) -> Any:
     if not any(trace.is_meta(t) for t in call.tensors()):
         return trace.run(call)
     overload = {a.name: i for i, a in enumerate(call.func._schema.arguments)}
-    given = call.arg(overload["dim"], "dim") if "dim" in overload else None
+    given = None
+    if "dim" in overload:
+        default = call.func._schema.arguments[overload["dim"]].default_value
+        given = call.arg(overload["dim"], "dim", default)
     keepdim = (
         bool(call.arg(overload["keepdim"], "keepdim", False)) if "keepdim" in overload else False
     )
     out = trace.run(call)
     name = call.func._schema.name
     dims = _dims(given, x.dim())
-    is_sum = name == "aten::sum" or (name == "aten::mean" and id(x) in trace.squares)
+    # A norm sums powers, to which a removed channel adds nothing.
+    is_sum = name in ("aten::sum", "aten::nansum") or ("norm" in name and _order(call) > 0)
+    is_sum |= name == "aten::mean" and id(x) in trace.squares
     if name == "aten::mean" and not is_sum and _is_scale(trace, x, dims):
         is_sum = True
         trace.means.add(trace.node)
@@ -88,6 +95,12 @@ def _is_scale(trace: Trace, x: Tensor, dims: Sequence[int]) -> bool:
     return name == "mean" and 0 not in dims and not labelled.isdisjoint(dims)
 
 
+def _order(call: Call) -> float:
+    """Return which norm is taken."""
+    order = call.arg(1, "p" if call.name == "aten::norm" else "ord", 2)
+    return 2.0 if order is None else float(order)
+
+
 def _labelled(trace: Trace, out: Any, fields: Fields) -> Any:
     if isinstance(out, Tensor):
         return trace.label(out, fields)
@@ -95,7 +108,7 @@ def _labelled(trace: Trace, out: Any, fields: Fields) -> Any:
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk",
-      "kthvalue", "logcumsumexp", "cummax", "cummin", "renorm")  # fmt: skip
+      "logcumsumexp", "cummax", "cummin", "_safe_softmax")  # fmt: skip
 def normalise(trace: Trace, call: Call) -> Any:
     """Combine along one dimension and keep it: that dimension cannot change, the others keep their label."""
     x = call.args[0]

@@ -45,7 +45,19 @@ def embedding(trace: Trace, call: Call) -> Any:
     weight, index = call.args[:2]
     if index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{call.name} takes row numbers, found {index.dtype}")
-    width = trace.axis(weight, 1)
+    width = trace.axis(trace.plain(weight, [1], "rows of a table"), 1)
     rank = index.dim()
     fields = () if width is None else (Field((rank,), width),)
     return trace.new((*index.shape, weight.shape[1]), weight, fields)
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(trace: Trace, call: Call) -> Any:
+    """Sums, means or maxima of rows of a table: the width is labelled, the row numbers cannot change."""
+    weight = call.args[0]
+    width = trace.axis(trace.plain(weight, [1], "rows of a table"), 1)
+    for tensor in call.tensors()[1:]:
+        trace.freeze(tensor, "holds indices or weights of rows")
+    out, *rest = trace.run(call)
+    fields = () if width is None else (Field((1,), width),)
+    return (trace.label(out, fields), *rest)

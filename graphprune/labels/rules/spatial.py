@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from graphprune.labels.field import Field, Fields
+from graphprune.labels.field import Field, Fields, meet
 from graphprune.labels.rules import rule
+from graphprune.labels.rules.elementwise import FIXED
 from graphprune.labels.trace import Call, Trace
 
 __all__: list[str] = []
@@ -95,3 +96,33 @@ def unfold(trace: Trace, call: Call) -> Any:
             rows = left.atoms.reshape(out.shape[lead], -1)
             fields.append(Field((lead,), trace.table.unify_along(rows, 1)))
     return trace.label(out, tuple(fields))
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(trace: Trace, call: Call) -> Any:
+    """Put maxima back where they were: every channel alone."""
+    x, places = call.args[:2]
+    spatial = 2 if call.name == "aten::max_unpool2d" else 3
+    out = trace.run(call)
+    operands = [
+        (_leading(trace, t, spatial, "pooled"), trace.operand(t, x.dim())[1]) for t in (x, places)
+    ]
+    return trace.label(out, meet(trace.table, operands, FIXED, trace.node))
+
+
+@rule("affine_grid_generator")
+def affine_grid(trace: Trace, call: Call) -> Any:
+    """Coordinates of a resampling: neither they nor the transformations can change."""
+    trace.freeze(call.args[0], "transformations of a resampling")
+    return trace.run(call)
+
+
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def fourier(trace: Trace, call: Call) -> Any:
+    """Transform some dimensions, each element of which is a sum over all of them; the others keep their label."""
+    x, dims = call.args[0], [d % call.args[0].dim() for d in call.args[1]]
+    out = trace.run(call)
+    fields = (
+        trace.settle(f, set(dims) & set(f.dims), "Fourier transformed") for f in trace.fields(x)
+    )
+    return trace.label(out, tuple(f for f in fields if f is not None))
