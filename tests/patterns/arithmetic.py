@@ -186,7 +186,7 @@ def sum_over_channels() -> Net:
     )
 
 
-@pattern("a", kept="b.weight", why="statistic")
+@pattern("a b")
 def mean_over_channels() -> Net:
     return Net(
         lambda m, x: m.z(m.b(m.a(x)).mean(1, True)), a=conv(3, 6), b=conv(6, 8), z=conv(1, 4)

@@ -404,7 +404,7 @@ def layer_norm_over_everything() -> Net:
     )
 
 
-@pattern("", kept="a.weight", why="statistic")
+@pattern("", zeros=False)
 def layer_norm_by_hand() -> Net:
     def run(m: Any, x: Tensor) -> Any:
         y = m.a(x)
