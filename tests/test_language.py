@@ -148,7 +148,7 @@ def test_a_class_that_cannot_hold_different_dimensions_says_what_would_do() -> N
         result.apply_to(model)
 
 
-def test_a_mean_that_is_no_norm_keeps_its_channels() -> None:
+def test_a_mean_that_is_no_norm_keeps_its_divisor() -> None:
     class Mean(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -157,8 +157,14 @@ def test_a_mean_that_is_no_norm_keeps_its_channels() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.enter(x).mean(-1)  # type: ignore[no-any-return]
 
-    groups = gp.analyze(gp.capture(Mean(), torch.randn(1, 6)))
-    assert next(g.pinned for g in groups if g.name == "enter.weight[0]") is not None
+    model = Mean().eval()
+    program = gp.capture(model, torch.randn(1, 6))
+    groups = gp.analyze(program)
+    keep = np.ones(groups.num_channels, np.bool_)
+    keep[groups.channels_of(Place("enter.weight", 0))[:5]] = False
+    cut = assert_cut_is_exact(program, groups, keep)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(cut.module(x), model.enter(x)[:, 5:].sum(-1) / 12)
 
 
 @pytest.mark.parametrize("square", ["x.pow(2)", "x.square()", "x * x", "x ** 2"])
