@@ -62,7 +62,8 @@ def build_detector(name: str, *, seed: int = 0) -> nn.Module:
     options: dict[str, Any] = {"weights": None, "weights_backbone": None}
     if name.startswith("ssd"):
         options |= _DENSE  # their backbones fix the size of the image
-    elif name.startswith(("fcos", "retinanet_resnet50_fpn_v2")):  # a group norm wants more than one value in its coarsest level
+    elif name.startswith(("fcos", "retinanet_resnet50_fpn_v2")):
+        # A group norm wants more than one value in its coarsest level.
         options |= {"min_size": 192, "max_size": 256} | _DENSE
     elif name.startswith("retinanet"):
         options |= _SMALL | _DENSE
