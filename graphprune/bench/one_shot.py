@@ -204,6 +204,12 @@ def _gradients(model: nn.Module, pruner: Any, criterion: str, data: DataSource, 
         importance._rm_hooks(model)
 
 
+def _cell(row: Row) -> str:
+    """Return the accuracy, and where it was reached if that is not the target."""
+    where = f" at {row.macs:.3f}" if abs(row.macs - row.target) > 0.002 else ""
+    return f"{row.accuracy:.2%}{where}"
+
+
 def to_markdown(rows: Sequence[Row], *, dense: float) -> str:
     """Return a table: a line for each method, a column for each target."""
     targets = sorted({r.target for r in rows}, reverse=True)
@@ -212,7 +218,7 @@ def to_markdown(rows: Sequence[Row], *, dense: float) -> str:
     for method in methods():
         for samples in sorted({r.samples for r in rows if r.method == method}):
             mine = {r.target: r for r in rows if r.method == method and r.samples == samples}
-            cells = [f"{mine[t].accuracy:.2%}" if t in mine else "" for t in targets]
+            cells = [_cell(mine[t]) if t in mine else "" for t in targets]
             seconds = [r.seconds for r in mine.values()]
             spent = f"{min(seconds):.0f} to {max(seconds):.0f}"
             lines.append(" | ".join([method, str(samples), *cells, spent]))
