@@ -19,7 +19,7 @@ from tests.strategies import Recipe, build, recipes
 
 TARGETS = ("ratio=0.3", "ratio=0.6", "macs=0.6", "params=0.7")
 QUICK = settings(
-    max_examples=60,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     database=None,
@@ -47,7 +47,9 @@ def test_cuts_of_the_fx_dialect_are_exact(recipe: Recipe, seed: int, target: str
 
 
 @QUICK_EXPORT
-@given(recipe=recipes(most=4), seed=st.integers(0, 9), target=st.sampled_from(TARGETS))
+@given(
+    recipe=recipes(most=4, exported=True), seed=st.integers(0, 9), target=st.sampled_from(TARGETS)
+)
 def test_cuts_of_the_export_dialect_are_exact(recipe: Recipe, seed: int, target: str) -> None:
     assert_every_cut_is_exact(recipe, seed, target, "export")
 
@@ -61,7 +63,7 @@ def test_many_cuts_of_the_fx_dialect_are_exact(recipe: Recipe, seed: int, target
 
 @pytest.mark.slow
 @NIGHTLY
-@given(recipe=recipes(), seed=st.integers(0, 9), target=st.sampled_from(TARGETS))
+@given(recipe=recipes(exported=True), seed=st.integers(0, 9), target=st.sampled_from(TARGETS))
 def test_many_cuts_of_the_export_dialect_are_exact(recipe: Recipe, seed: int, target: str) -> None:
     assert_every_cut_is_exact(recipe, seed, target, "export")
 

@@ -142,7 +142,7 @@ def test_gates_of_the_fx_dialect_are_the_cut(recipe: Recipe, seed: int, target: 
 
 
 @QUICK_EXPORT
-@given(recipe=recipes(most=4), seed=st.integers(0, 9))
+@given(recipe=recipes(most=4, exported=True), seed=st.integers(0, 9))
 def test_gates_of_the_export_dialect_are_the_cut(recipe: Recipe, seed: int) -> None:
     assert_random_cut(recipe, seed, "ratio=0.5", "export")
 
