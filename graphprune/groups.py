@@ -8,9 +8,11 @@ that blocks (heads, convolution groups) go when their last member does, and take
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -21,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from graphprune.cost import CostModel, Keep
 from graphprune.labels.atoms import Atoms, AtomTable
 from graphprune.labels.propagate import propagate
-from graphprune.labels.trace import Labels, TensorInfo
+from graphprune.labels.trace import NO_RULE, Labels, TensorInfo
 from graphprune.outcome import Kept
 from graphprune.pipeline import Facts
 from graphprune.program import Program
@@ -285,14 +287,18 @@ def analyze(program: Program) -> DependencyGroups:
     blocks = _Blocks.of(labels.table, channel_of)
     pinned, reasons = _pins(labels.table, channel_of, num_channels, blocks)
     groups = _dependency_groups(labels, channel_of, num_channels, pinned, reasons)
-    kept = [Kept(f"{g.name} ({len(g)} channels)", g.pinned) for g in groups if g.pinned]
+    cost = CostModel.build(program, labels, channel_of, num_channels)
+    kept = [
+        *_without_rules(program, labels, channel_of, cost),
+        *(Kept(f"{g.name} ({len(g)} channels)", g.pinned) for g in groups if g.pinned),
+    ]
     return DependencyGroups(
         labels=labels,
         channel_of=channel_of,
         num_channels=num_channels,
         groups=groups,
         pinned=pinned,
-        cost=CostModel.build(program, labels, channel_of, num_channels),
+        cost=cost,
         kept=tuple(kept),
         blocks=blocks,
     )
@@ -308,6 +314,37 @@ def _components(table: AtomTable) -> tuple[Atoms, int]:
     matrix = coo_array((np.ones(len(a), np.bool_), (a, b)), shape=(table.size, table.size))
     count, labels = connected_components(matrix, directed=False)
     return labels.astype(np.int64), int(count)
+
+
+def _without_rules(
+    program: Program, labels: Labels, channel_of: Atoms, cost: CostModel
+) -> Iterator[Kept]:
+    """Say of every operator without a rule where it stands, and what share of the MACs its channels hold."""
+    dense = max(1, cost.macs)
+    for name, nodes in labels.unknown.items():
+        held = cost.everything()
+        for pin in labels.table.pins:
+            if pin.why == NO_RULE.format(name):
+                held[channel_of[pin.atoms]] = False
+        share = 1 - cost.total(held).macs / dense
+        places = ", ".join(_place_of(program, node) for node in dict.fromkeys(nodes))
+        yield Kept(
+            f"operator {name} at {places}",
+            f"it has no labelling rule; what reaches it stays, and with it {share:.1%} of the MACs",
+        )
+
+
+def _place_of(program: Program, name: str) -> str:
+    """Return a node's name, and the line of the user's code that it comes from, where the capture knows it."""
+    for node in program.module.graph.nodes:
+        if node.name == name:
+            lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+            return (
+                f"node {name} ({Path(lines[-1][0]).name}:{lines[-1][1]})"
+                if lines
+                else f"node {name}"
+            )
+    return f"node {name}"
 
 
 def _pins(

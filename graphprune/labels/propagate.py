@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import AnalysisError, GraphpruneError
 from graphprune.labels.field import Field
-from graphprune.labels.trace import Call, Labels, ModuleCall, Source, TensorInfo, Trace
+from graphprune.labels.trace import NO_RULE, Call, Labels, ModuleCall, Source, TensorInfo, Trace
 from graphprune.program import Program
 
 __all__ = ["BATCH", "info_of", "propagate", "settled", "without_view_tracking"]
@@ -85,7 +85,7 @@ def _without_rule(trace: Trace, call: Call) -> Any:
     if labelled:
         trace.unknown.setdefault(name, []).append(trace.node)
     for tensor in labelled:
-        trace.freeze(tensor, f"operator {name} has no labelling rule")
+        trace.freeze(tensor, NO_RULE.format(name))
     try:
         return trace.run(call)
     except (NotImplementedError, RuntimeError) as error:

@@ -16,6 +16,7 @@ from graphprune.labels.field import Field, Fields, fix, settle
 from graphprune.program import Program
 
 __all__ = [
+    "NO_RULE",
     "Call",
     "Consumer",
     "Labels",
@@ -38,6 +39,10 @@ class TensorInfo:
     def field_of(self, dim: int) -> Field | None:
         """Return the field that labels `dim`, if any."""
         return next((f for f in self.fields if dim in f.dims), None)
+
+
+NO_RULE = "operator {} has no labelling rule"
+"""Why an operator that no rule knows pins what reaches it."""
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from graphprune.errors import AnalysisError, GraphpruneError
 from graphprune.labels.propagate import info_of, settled, without_view_tracking
 from graphprune.labels.rules import find_rule
-from graphprune.labels.trace import Call, ModuleCall, Trace
+from graphprune.labels.trace import NO_RULE, Call, ModuleCall, Trace
 from graphprune.program import Program, WholeModel
 
 __all__ = ["NUMBERS", "Frames", "run_whole", "watched"]
 
 NUMBERS = "the model's own code holds a size here as a number, which no cut can change"
-_NO_RULE = "operator {} has no labelling rule"
 
 
 class Frames(Protocol):
@@ -258,7 +257,7 @@ class _TwinMode(TorchDispatchMode):
     def _without_rule(self, call: Call, name: str, result: Any) -> None:
         if any(self.trace.fields(t) for t in call.tensors()):
             self.trace.unknown.setdefault(name, []).append(self.trace.node)
-            self._freeze(call, _NO_RULE.format(name))
+            self._freeze(call, NO_RULE.format(name))
         self._attach_plain(result)
 
     def _attach(self, result: Any, described: Any, call: Call) -> None:

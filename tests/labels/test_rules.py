@@ -261,3 +261,7 @@ def test_operator_without_a_rule_pins_what_reaches_it_and_is_reported() -> None:
     assert lines_of(groups)[0] == f"6: a.weight[0] a.bias[0] | {why}"
     assert "4: b.weight[0] b.bias[0] c.weight[1]" in lines_of(groups)
     assert any(k.what == "a.weight[0] (6 channels)" and k.why == why for k in groups.kept)
+    held = 100 * 2 * 18 / (2 * 18 + 24 + 8)  # of the MACs, those of a, which is called twice
+    first = groups.kept[0]
+    assert first.what == f"operator {name} at node masked_scatter"
+    assert first.why.endswith(f"and with it {held:.1f}% of the MACs")
