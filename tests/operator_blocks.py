@@ -101,4 +101,5 @@ def recurrent(shape: Shape, rng: Random) -> nn.Module | None:
 @image
 def reparametrized(shape: Shape, rng: Random) -> nn.Module | None:
     inner = convolution(rng, len(shape) - 1, shape[0], width(rng, shape[0]), rng.choice([1, 3]))
-    return parametrizations.weight_norm(inner, dim=rng.choice([0, 1]))
+    made: nn.Module = parametrizations.weight_norm(inner, dim=rng.choice([0, 1]))
+    return made
