@@ -284,7 +284,7 @@ CASES: dict[str, tuple[int, Callable[[], object] | None, list[str], list[str]]] 
         2,
         None,
         ["compile", *NET_SHAPE, "--granularity", "atoms"],
-        ["granularity 'atoms' is not known; known: channels, heads"],
+        ["granularity 'atoms' is not known; known: channels, widths, head-dims"],
     ),
     "rounding that is no number": (
         2,

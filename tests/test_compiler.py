@@ -99,7 +99,7 @@ def test_a_captured_program_can_be_compiled(model: nn.Module) -> None:
     program = gp.capture(model, X)
     result = gp.compile(program, export=False)
     assert result.dense is program
-    with pytest.raises(UsageError, match="give example_inputs= and weights= to capture"):
+    with pytest.raises(UsageError, match="give example_inputs=, outputs= and weights= to capture"):
         gp.compile(program, X, export=False)
 
 

@@ -298,6 +298,18 @@ def _repeat(site: Site) -> None:
         _write_sizes(site, 1, wanted[-count:], spare=False)
 
 
+@literals_of("repeat_interleave")
+def _repeat_interleave(site: Site) -> None:
+    source, dim = site.info(site.node.args[0]), site.arg(2, "dim")
+    repeats = site.arg(1, "repeats")
+    if not isinstance(repeats, int) or not isinstance(dim, int):
+        return
+    dim %= len(source.shape)
+    before, after = site.shapes.size(source, dim), site.shapes.size(site.out, dim)
+    if before and after % before == 0 and after != before * repeats:
+        site.put(1, "repeats", after // before)
+
+
 # -- ranges -------------------------------------------------------------------------------------------------------
 
 

@@ -1,25 +1,29 @@
-"""Allocation: the knapsack is exact where costs add up, and respects the limit where they do not."""
+"""Allocation: the knapsack is as good as its grid where costs add up, and respects the limit where they do not."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.second_order.allocation import Levels, allocate
+from graphprune.second_order.allocation import BINS, Levels, allocate
 
 
 def _levels(errors: Sequence[float]) -> Levels:
     return Levels(removed=np.arange(len(errors)), errors=np.maximum.accumulate(np.array(errors)))
 
 
+def choices_of(groups: Sequence[Levels]) -> Iterator[tuple[int, ...]]:
+    """Yield every choice of one level for each group."""
+    return itertools.product(*(range(len(g.removed)) for g in groups))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_additive_costs_are_solved_exactly(data: st.DataObject) -> None:
+def test_additive_costs_are_solved_to_a_bin_for_each_group(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 4))
     numbers = st.integers(0, 40)
     groups, savings = [], []
@@ -34,8 +38,7 @@ def test_additive_costs_are_solved_exactly(data: st.DataObject) -> None:
     def room(chosen: Sequence[int]) -> float:
         return float(sum(s[i] for s, i in zip(savings, chosen, strict=True))) - needed + 1e-9
 
-    choices = itertools.product(*(range(len(g.removed)) for g in groups))
-    fitting = [c for c in choices if room(c) >= 0]
+    fitting = [c for c in choices_of(groups) if room(c) >= 0]
     found = allocate(groups, room)
     if not fitting:
         assert found is None
@@ -46,7 +49,10 @@ def test_additive_costs_are_solved_exactly(data: st.DataObject) -> None:
 
     assert found is not None
     assert room(found) >= 0
-    assert error(found) == pytest.approx(min(map(error, fitting)))
+    assert error(found) >= min(map(error, fitting)) - 1e-9
+    # Savings are rounded down to bins, group by group; what fits with that much to spare is found.
+    if roomy := [c for c in choices_of(groups) if room(c) >= count * needed / BINS]:
+        assert error(found) <= min(map(error, roomy)) + 1e-9
 
 
 def test_products_of_widths_meet_the_limit_closely() -> None:

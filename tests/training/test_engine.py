@@ -418,7 +418,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
             {"schedule": "cosinus"},
             "schedule: expected one of cosine, constant, .*, found 'cosinus'",
         ),
-        ({"distill": 0.5}, "distill= needs a teacher, found none"),
+        ({"distill": 0.5}, "distill= and features= need a teacher, found none"),
     ],
 )
 def test_bad_recipes(options: dict[str, Any], message: str) -> None:

@@ -74,7 +74,7 @@ def test_options_reach_the_budget() -> None:
         (
             "granularity=layers",
             UsageError,
-            "granularity 'layers' is not known; known: channels, heads",
+            "granularity 'layers' is not known; known: channels, widths, head-dims",
         ),
         ("round_to=0", UsageError, "round_to: expected auto, or a number of at least 1, found '0'"),
         ("round_to=some", UsageError, "round_to: expected auto, or a number .*, found 'some'"),
