@@ -327,6 +327,13 @@ class Promote(TorchDispatchMode):
     def enter(self, node: str) -> None:
         """Start a node."""
 
+    def taken_apart(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator without a rule as the parts that PyTorch makes of it; NotImplemented for any other."""
+        if find_rule(func) is not None:
+            return NotImplemented
+        with self:
+            return func.decompose(*args, **kwargs)
+
     def promoted(self, args: Any, kwargs: Any) -> Any:
         """Replace lower floating types among the arguments."""
         low = (torch.float16, torch.bfloat16, torch.float32)
@@ -365,11 +372,8 @@ class MaskMode(Promote):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = self.promoted(args, kwargs or {})
-        if find_rule(func) is None:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if (result := self.taken_apart(func, args, kwargs)) is not NotImplemented:
+            return result
         name = func._schema.name
         consumers = self.consumers_of(name)
         if not consumers:

@@ -253,14 +253,9 @@ class _CutFrames(Promote):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        from graphprune.labels.rules import find_rule
-
         args, kwargs = self.promoted(args, kwargs or {})
-        if find_rule(func) is None:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if (result := self.taken_apart(func, args, kwargs)) is not NotImplemented:
+            return result
         name = func._schema.name
         self.running = (self.stack.path, name, self.stack.count(name))
         result = func(*args, **kwargs)

@@ -24,6 +24,7 @@ __all__ = [
     "assert_identity",
     "capture_as",
     "choose_or_none",
+    "in_double",
     "outputs_of",
     "random_scores",
 ]
@@ -37,6 +38,16 @@ def capture_as(model: nn.Module, example: Tensor, dialect: str) -> Program:
     if dialect == "export":
         return _export_module(model, (example,), type(model).__name__, [])
     return gp.capture(model, example)
+
+
+def in_double(program: Program) -> Program:
+    """Return a clone in float64, with the types that torch.export writes into its graph."""
+    clone = program.map_floating(lambda t: t.double())
+    for node in clone.module.graph.nodes:
+        if node.kwargs.get("dtype") == torch.float32:
+            node.update_kwarg("dtype", torch.float64)
+    clone.module.recompile()
+    return clone
 
 
 def random_scores(groups: DependencyGroups, seed: int) -> NDArray[np.float64]:

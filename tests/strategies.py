@@ -130,20 +130,15 @@ def randomize(model: nn.Module) -> None:
                     parameter.copy_(torch.randn(parameter.shape) * 0.3 + 1)
 
 
-TRACED_ONLY = {"recurrent"}
-"""Blocks that torch.export refuses: modules that keep lists of their weights."""
-
-
 def _names(table: Iterable[str]) -> st.SearchStrategy[tuple[str, int]]:
     return st.tuples(st.sampled_from(sorted(table)), st.integers(0, 999))
 
 
 @st.composite
-def recipes(draw: st.DrawFn, *, most: int = 6, exported: bool = False) -> Recipe:
-    """Draw a recipe of up to `most` blocks, of those that torch.export takes if it is to be `exported`."""
-    images = _names(IMAGE_BLOCKS.keys() - (TRACED_ONLY if exported else set()))
+def recipes(draw: st.DrawFn, *, most: int = 6) -> Recipe:
+    """Draw a recipe of up to `most` blocks."""
     with_tokens = draw(st.integers(0, 2)) == 0
-    blocks = draw(st.lists(images, min_size=1, max_size=2 if with_tokens else most))
+    blocks = draw(st.lists(_names(IMAGE_BLOCKS), min_size=1, max_size=2 if with_tokens else most))
     tokens = draw(st.lists(_names(TOKEN_BLOCKS), min_size=1, max_size=4)) if with_tokens else []
     return Recipe(
         rank=draw(st.sampled_from([2, 2, 1, 3])),

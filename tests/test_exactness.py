@@ -47,9 +47,7 @@ def test_cuts_of_the_fx_dialect_are_exact(recipe: Recipe, seed: int, target: str
 
 
 @QUICK_EXPORT
-@given(
-    recipe=recipes(most=4, exported=True), seed=st.integers(0, 9), target=st.sampled_from(TARGETS)
-)
+@given(recipe=recipes(most=4), seed=st.integers(0, 9), target=st.sampled_from(TARGETS))
 def test_cuts_of_the_export_dialect_are_exact(recipe: Recipe, seed: int, target: str) -> None:
     assert_every_cut_is_exact(recipe, seed, target, "export")
 
@@ -63,7 +61,7 @@ def test_many_cuts_of_the_fx_dialect_are_exact(recipe: Recipe, seed: int, target
 
 @pytest.mark.slow
 @NIGHTLY
-@given(recipe=recipes(exported=True), seed=st.integers(0, 9), target=st.sampled_from(TARGETS))
+@given(recipe=recipes(), seed=st.integers(0, 9), target=st.sampled_from(TARGETS))
 def test_many_cuts_of_the_export_dialect_are_exact(recipe: Recipe, seed: int, target: str) -> None:
     assert_every_cut_is_exact(recipe, seed, target, "export")
 

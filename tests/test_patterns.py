@@ -21,10 +21,9 @@ import graphprune as gp
 from graphprune.budget import Target, parse_target
 from graphprune.capture import _capture_exported, _export_module
 from graphprune.cost import Keep
-from graphprune.errors import CaptureError
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.program import Program
-from tests.exactness import assert_cut_is_exact, assert_identity, choose_or_none
+from tests.exactness import assert_cut_is_exact, assert_identity, choose_or_none, in_double
 from tests.patterns import PATTERNS, Net, Pattern
 from tests.strategies import randomize
 
@@ -48,11 +47,6 @@ def captured(net: Net, dialect: str) -> Program:
         return _export_module(net, net.example, "Net", [])
     core = torch.export.export(net, net.example, strict=False).run_decompositions()
     return _capture_exported(core, net.example, source="Net")
-
-
-def exports(net: Net) -> bool:
-    """Whether torch.export takes the network: not if modules keep lists of weights, or compute them in hooks."""
-    return not any(isinstance(m, nn.RNNBase) or hasattr(m, "weight_g") for m in net.modules())
 
 
 def place(program: Program, name: str) -> tuple[str, int]:
@@ -93,13 +87,12 @@ def assert_zeros_give_the_same(
     cut: Program,
 ) -> None:
     inputs = program.batch(2, seed=3, dtype=torch.float64)
-    double = cut.map_floating(lambda t: t.double())
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.inference_mode():
             expected = tree_leaves(zeroed(net, groups, keep)(*inputs))
-            found = tree_leaves(double.module(*inputs))
+            found = tree_leaves(in_double(cut).module(*inputs))
     finally:
         torch.set_default_dtype(previous)
     for old, new in zip(expected, found, strict=True):
@@ -108,10 +101,6 @@ def assert_zeros_give_the_same(
 
 def check(pattern: Pattern, dialect: str, targets: tuple[str, ...]) -> None:
     net = made(pattern)
-    if dialect == "export" and not exports(net):
-        with pytest.raises(CaptureError, match="assigned during export"):
-            captured(net, dialect)
-        return
     program = captured(net, dialect)
     groups = analyze(program)
     assert_identity(program, groups)
@@ -168,8 +157,6 @@ def test_pattern_is_cut_exactly_by_many_choices(name: str, dialect: str) -> None
 def test_pattern_of_core_operators_is_cut_exactly(name: str) -> None:
     """As above, after torch.export has taken composite operators apart; what is cut may be less."""
     net = made(PATTERNS[name])
-    if not exports(net):
-        pytest.skip("torch.export does not take it")
     program = captured(net, "core")
     groups = analyze(program)
     assert_identity(program, groups)

@@ -355,28 +355,23 @@ def _narrow(site: Site) -> None:
 
 @literals_of("slice")
 def _slice(site: Site) -> None:
-    source = site.info(site.node.args[0])
-    dim = site.arg(1, "dim", 0) % len(source.shape)
-    start, stop = _range(
-        site, source, dim, site.arg(2, "start"), site.arg(3, "end"), site.arg(4, "step")
-    )
-    if start != site.arg(2, "start"):
-        site.put(2, "start", start)
-    if stop != site.arg(3, "end"):
-        site.put(3, "end", stop)
+    _put_range(site, 1)
 
 
 @literals_of("slice_scatter")
 def _slice_scatter(site: Site) -> None:
+    _put_range(site, 2)
+
+
+def _put_range(site: Site, first: int) -> None:
+    """Write the new ends into a node whose arguments from `first` on are dim, start, end, step."""
     source = site.info(site.node.args[0])
-    dim = site.arg(2, "dim", 0) % len(source.shape)
-    start, stop = _range(
-        site, source, dim, site.arg(3, "start"), site.arg(4, "end"), site.arg(5, "step")
-    )
-    if start != site.arg(3, "start"):
-        site.put(3, "start", start)
-    if stop != site.arg(4, "end"):
-        site.put(4, "end", stop)
+    dim = site.arg(first, "dim", 0) % len(source.shape)
+    old = site.arg(first + 1, "start"), site.arg(first + 2, "end")
+    new = _range(site, source, dim, *old, site.arg(first + 3, "step"))
+    for position, name in enumerate(("start", "end")):
+        if new[position] != old[position]:
+            site.put(first + 1 + position, name, new[position])
 
 
 def _range(

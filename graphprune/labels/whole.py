@@ -238,7 +238,10 @@ class _TwinMode(TorchDispatchMode):
         except (RuntimeError, NotImplementedError, ValueError, IndexError, TypeError):
             # The result's size depends on values, or the rule knows no such form of the operator.
             del self.trace.terms[terms:]
-            self._freeze(call, f"operator {name} depends on values here")
+            self._freeze(
+                call,
+                f"operator {name} depends on values here, or is used in a form that its rule does not know",
+            )
             self._attach_plain(result)
         return result
 

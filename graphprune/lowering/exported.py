@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ _PASS_THROUGH = {
 _KEPT_META = ("nn_module_stack",)
 
 
+_OWN_WEIGHTS = r"The tensor attributes? self\.\S*(_flat_weights|weight)\b.* assigned during export"
+
+
 def export(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool) -> ExportedProgram:
     """Export `model`, which is in evaluation mode; `dynamic` makes dim 0 of every input symbolic.
 
@@ -55,7 +59,9 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool) -> Ex
             shapes = (shapes,)
     # Where tracing fails, torch prints the graph so far on stderr; the error says enough.
     quiet = contextlib.redirect_stderr(io.StringIO())
-    with lowered_attention(), torch.no_grad(), quiet:
+    with lowered_attention(), torch.no_grad(), quiet, warnings.catch_warnings():
+        # Recurrent modules list their parameters anew, and hooks compute a weight out of others: no state is lost.
+        warnings.filterwarnings("ignore", _OWN_WEIGHTS, UserWarning)
         return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
 
 

@@ -9,11 +9,13 @@ Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Net
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 from graphprune.errors import UsageError
@@ -23,6 +25,9 @@ from graphprune.training.features import Tap, insert_taps, taps_distance
 from graphprune.training.task import Task
 
 __all__ = ["Teacher", "logit_distance"]
+
+MANY_LOOKS = 1000
+"""From here on, compiling the dense program for the CPU (half a minute) is worth it."""
 
 
 def logit_distance(outputs: Any, dense: Any, *, temperature: float) -> Tensor:
@@ -45,6 +50,7 @@ class Teacher:
         memory_format: torch.memory_format,
         compares_outputs: bool = True,
         stages: Mapping[str, int] | None = None,
+        looks: int = 0,
     ) -> None:
         """Take a copy of `program` to `device`; the program itself stays where it is.
 
@@ -56,6 +62,7 @@ class Teacher:
             memory_format: As the student's.
             compares_outputs: Whether `distance` will be asked for, and not `feature_distance` alone.
             stages: Nodes whose tensors are compared, and the dimension of their channels.
+            looks: How many batches it will see in the whole run.
 
         Raises:
             UsageError: The task has no way to compare two programs.
@@ -71,6 +78,9 @@ class Teacher:
         self.module.to(device).to(memory_format=memory_format)
         self.stages = stages or {}
         self.taps = insert_taps(self.module, self.stages)
+        # By the length of the whole run, so that one that goes on from a checkpoint computes the same.
+        if device.type == "cpu" and looks >= MANY_LOOKS and not self.stages:
+            self.module = _compiled(self.module)
 
     def look(self, inputs: tuple[Tensor, ...]) -> Any:
         """Return what the dense program says of `inputs`; its taps hold what it thinks on the way."""
@@ -86,3 +96,28 @@ class Teacher:
         if self.task.distill is not None:
             return self.task.distill(outputs, dense)
         return logit_distance(outputs, dense, temperature=self.temperature)
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    """Return `module` with convolutions, norms and activations fused, if there is a compiler for the CPU."""
+    if not any(shutil.which(name) for name in ("g++", "clang++")):
+        return module
+    compiled = torch.compile(module, dynamic=False, options={"freezing": True})
+    return _OrAsItIs(compiled, module)
+
+
+class _OrAsItIs(nn.Module):
+    """Calls a compiled module, or the module as it is once that has failed."""
+
+    def __init__(self, compiled: nn.Module, module: nn.Module) -> None:
+        super().__init__()
+        self.run = compiled
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Call whichever works."""
+        try:
+            return self.run(*inputs)
+        except TorchDynamoException:
+            self.run = self.module
+            return self.run(*inputs)

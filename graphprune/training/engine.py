@@ -232,6 +232,7 @@ class _Run:
             memory_format=self.placement.memory_format,
             compares_outputs=self.recipe.distill > 0,
             stages=stages(self.program, dense) if self.recipe.features else {},
+            looks=self.recipe.epochs * len(self.batches),
         )
 
     def _options_of(self, name: str, parameter: Any) -> Mapping[str, Any] | None:

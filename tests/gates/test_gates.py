@@ -23,7 +23,7 @@ from graphprune.scores import Scores
 from graphprune.training.forms import training_form
 from graphprune.units import Granularity
 from tests import gate_networks
-from tests.exactness import ERROR, capture_as, random_scores
+from tests.exactness import ERROR, capture_as, in_double, random_scores
 from tests.models import tiny_dense, tiny_mobile, tiny_transformer
 from tests.strategies import Recipe, build, recipes
 
@@ -76,10 +76,6 @@ def test_the_gate_is_exact_in_bfloat16(shape: Shape) -> None:
     assert torch.equal(scaled, scaled.floor())
 
 
-def doubled(program: Program) -> Program:
-    return program.map_floating(lambda t: t.double())
-
-
 def gate(
     program: Program,
     groups: DependencyGroups,
@@ -115,14 +111,14 @@ def assert_gates_are_the_cut(
     program: Program, groups: DependencyGroups, gated: Gated, keep: Keep
 ) -> None:
     """Freeze the gates at a choice and compare with the cut."""
-    inputs = doubled(program).batch(3, seed=5, dtype=torch.float64)
+    inputs = in_double(program).batch(3, seed=5, dtype=torch.float64)
     cut = cut_program(program, groups, keep).program
     gated.gates.freeze(torch.from_numpy(keep))
     assert_equal(outputs(cut.module, inputs), outputs(gated.program.module, inputs))
 
 
 def assert_random_cut(recipe: Recipe, seed: int, text: str, dialect: str) -> None:
-    program = doubled(capture_as(*build(recipe), dialect))
+    program = in_double(capture_as(*build(recipe), dialect))
     groups = analyze(program)
     gated = gate(program, groups)
     inputs = program.batch(2, dtype=torch.float64)
@@ -142,7 +138,7 @@ def test_gates_of_the_fx_dialect_are_the_cut(recipe: Recipe, seed: int, target: 
 
 
 @QUICK_EXPORT
-@given(recipe=recipes(most=4, exported=True), seed=st.integers(0, 9))
+@given(recipe=recipes(most=4), seed=st.integers(0, 9))
 def test_gates_of_the_export_dialect_are_the_cut(recipe: Recipe, seed: int) -> None:
     assert_random_cut(recipe, seed, "ratio=0.5", "export")
 
@@ -188,7 +184,7 @@ def train_two_steps(gated: Gated) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gates_at_zero_are_the_cut_before_and_after_training(name: str, dialect: str) -> None:
     make, size = NETWORKS[name]
-    program = doubled(capture_as(make(), torch.randn(size), dialect))
+    program = in_double(capture_as(make(), torch.randn(size), dialect))
     text = str(program)
     groups = analyze(program)
     is_transformer = "transformer" in name

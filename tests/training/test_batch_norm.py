@@ -1,0 +1,88 @@
+"""Batch norms of training forms do what torch's do, in value, gradient and running statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphprune.capture import capture
+from graphprune.training import batch_norm as ours
+from graphprune.training.forms import training_form
+
+
+def images(channels: int, *, batch: int = 6, side: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(batch, channels, side, side, generator=generator) * 2 + 3
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+@pytest.mark.parametrize("channels", [2, 3, 11, 12, 16, 22, 39, 45])
+def test_values_and_gradients_are_those_of_torch(
+    channels: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uses: list[int] = []
+    apply = ours._Pixelwise.apply
+    monkeypatch.setattr(ours._Pixelwise, "apply", lambda *a: (uses.append(1), apply(*a))[1])
+    layer = nn.BatchNorm2d(channels)
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    nn.init.uniform_(layer.bias)
+    twin = copy.deepcopy(layer)
+    x, other = (images(channels, batch=batch, side=7).requires_grad_() for _ in range(2))
+    grad = images(channels + 100, batch=batch, side=7)[:, :channels]
+    wanted = layer(x)
+    wanted.backward(grad)
+    found = ours.TrainedBatchNorm(twin, ours.batch_norm)(other)
+    found.backward(grad)
+    assert bool(uses) == (channels % 8 != 0 and channels < 40)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other.grad, x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twin.weight.grad, layer.weight.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(twin.bias.grad, layer.bias.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(twin.state_dict(), layer.state_dict())
+    assert found.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+def test_a_form_trains_with_it_in_both_dialects(
+    dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 11, 3, padding=1), nn.BatchNorm2d(11), nn.ReLU()).eval()
+    twin = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
+    source = model
+    if dialect == "export":
+        source = torch.export.export(model, (images(3),))
+    program = capture(source, images(3))
+    program.module.to(memory_format=torch.channels_last)
+    uses: list[int] = []
+    apply = ours._Pixelwise.apply
+    monkeypatch.setattr(ours._Pixelwise, "apply", lambda *a: (uses.append(1), apply(*a))[1])
+    form = training_form(program).train()
+    x = images(3)
+    found, wanted = form(x), twin(x)
+    found.square().mean().backward()
+    wanted.square().mean().backward()
+    assert uses
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    named = dict(program.named_tensors())
+    for name, buffer in twin.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(named[name], buffer, rtol=1e-5, atol=1e-5)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(named[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_other_layouts_types_and_layers_go_to_torch() -> None:
+    for x, layer in (
+        (images(11).contiguous(), nn.BatchNorm2d(11)),
+        (images(11).double(), nn.BatchNorm2d(11).double()),
+        (images(11), nn.BatchNorm2d(11, affine=False)),
+        (images(11).flatten(2), nn.BatchNorm1d(11)),
+    ):
+        wanted = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+        torch.testing.assert_close(ours.TrainedBatchNorm(layer, ours.batch_norm)(x), wanted)
