@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from graphprune.cost import Cost, Keep
+from graphprune.cost import RESOURCES, Cost, Keep, Resource
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
@@ -44,7 +44,14 @@ EXCHANGE_TRIALS = 100
 """How many units on either side of the limit are tried for an exchange."""
 EXCHANGE_WORK = 20_000_000
 """How many channels are counted, over all trials of exchanges."""
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_UNITS = {
+    "ratio": {"": 1.0},
+    "size": {"": 1.0, **{f"{k}b": v for k, v in _COUNTS.items()}, "kib": 2**10, "mib": 2**20},
+    "latency": {"": 1.0, "us": 1e-3, "ms": 1.0, "s": 1e3},
+}
+"""Unit -> its worth: counts, bytes, milliseconds."""
+_EXAMPLES = {"ratio": "0.3", "size": "0.5 or 500KB", "latency": "0.5 or 3ms"}
 
 
 @dataclass(frozen=True)
@@ -52,56 +59,97 @@ class Target:
     """Limits that must all hold; or, alone, the fraction of every group's channels to remove."""
 
     macs: float | None = None
-    """Most MACs for one sample, as a fraction of the dense program where `macs` <= 1."""
+    """Most MACs for one sample; this and what follows: a fraction of the dense program up to 1, an amount above."""
     params: float | None = None
-    """Most parameters, as a fraction of the dense program where `params` <= 1."""
+    """Most parameters."""
+    size: float | None = None
+    """Most bytes of the exported file; needs measured costs."""
+    latency: float | None = None
+    """Most milliseconds for one sample in ONNX Runtime; needs measured costs."""
     ratio: float | None = None
     """Fraction of each group's channels to remove."""
+    is_amount: frozenset[Resource] = frozenset()
+    """Limits of at most 1 that are amounts all the same: ``latency=0.8ms``."""
+
+    @property
+    def resources(self) -> tuple[Resource, ...]:
+        """What the target limits."""
+        return tuple(name for name in RESOURCES if getattr(self, name) is not None)
+
+    @property
+    def needs_measuring(self) -> bool:
+        """Whether a limit is on something that the graph alone does not say."""
+        return self.size is not None or self.latency is not None
 
     def limits(self, dense: Cost) -> Cost:
-        """Return the limits as amounts."""
-        return Cost(params=_amount(self.params, dense.params), macs=_amount(self.macs, dense.macs))
+        """Return the limits as amounts.
 
+        Raises:
+            TargetError: A resource is limited that nobody has measured.
+        """
+        for name in self.resources:
+            if not getattr(dense, name) and name in ("size", "latency"):
+                raise TargetError(
+                    f"target {name}= needs measured costs; put the pass measure-costs after dependency-groups"
+                )
+        amounts = {name: self._amount(name, getattr(dense, name)) for name in RESOURCES}
+        whole = {name: math.floor(amounts[name]) for name in RESOURCES if name != "latency"}
+        return Cost(**whole, latency=amounts["latency"])
 
-def _amount(limit: float | None, dense: int) -> int:
-    if limit is None:
-        return dense
-    return math.floor(limit * dense) if limit <= 1 else math.floor(limit)
+    def _amount(self, name: Resource, dense: float) -> float:
+        limit: float | None = getattr(self, name)
+        if limit is None:
+            return dense
+        return limit * dense if limit <= 1 and name not in self.is_amount else limit
 
 
 def parse_target(text: str) -> Target:
-    """Parse ``macs=0.5``, ``params=0.4,macs=0.5``, ``macs=1.2G`` or ``ratio=0.3``.
+    """Parse ``macs=0.5``, ``params=0.4,macs=0.5``, ``macs=1.2G``, ``size=500KB``, ``latency=3ms`` or ``ratio=0.3``.
 
     Raises:
         TargetError: The text is not of this form, or a number is out of range.
     """
     values: dict[str, float] = {}
+    amounts: set[Resource] = set()
     for part in text.split(","):
         key, equals, raw = (p.strip() for p in part.partition("="))
-        if not equals or key not in ("macs", "params", "ratio"):
+        if not equals or key not in (*RESOURCES, "ratio"):
             raise TargetError(
-                f"target {text!r}: {part.strip()!r} is not understood. Expected macs=, params= "
-                "(a fraction such as 0.5, or an amount such as 1.2G) or ratio= (a fraction), "
+                f"target {text!r}: {part.strip()!r} is not understood. Expected macs=, params=, size=, latency= "
+                "(a fraction such as 0.5, or an amount such as 1.2G, 500KB or 3ms) or ratio= (a fraction), "
                 "several with commas."
             )
         if key in values:
             raise TargetError(f"target {text!r} gives {key}= twice")
-        values[key] = _number(text, key, raw)
+        values[key], is_amount = _number(text, key, raw)
+        if is_amount and values[key] <= 1:
+            amounts |= {name for name in RESOURCES if name == key}
     if "ratio" in values and len(values) > 1:
         raise TargetError(f"target {text!r}: ratio= stands alone; it says itself how much goes")
-    return Target(**values)
+    return Target(**values, is_amount=frozenset(amounts))
 
 
-def _number(text: str, key: str, raw: str) -> float:
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)([kmgt]?)", raw.lower())
-    if not match:
-        raise TargetError(f"target {text!r}: {raw!r} is not a number such as 0.5 or 1.2G")
-    value = float(match.group(1)) * _UNITS[match.group(2)]
+def _number(text: str, key: str, raw: str) -> tuple[float, bool]:
+    """Return a number, and whether its unit says that it is an amount."""
+    units = _UNITS.get(key, _COUNTS)
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-zµ]*)", raw.lower())
+    if not match or match.group(2) not in units:
+        known = ", ".join(unit for unit in units if unit)
+        raise TargetError(
+            f"target {text!r}: {raw!r} is not a number such as {_EXAMPLES.get(key, '0.5 or 1.2G')}"
+            + (f"; units are {known}" if known else "")
+        )
+    number, unit = float(match.group(1)), match.group(2)
+    value = number * units[unit]
     if key == "ratio" and not 0 <= value < 1:
         raise TargetError(f"target {text!r}: ratio must be at least 0 and less than 1, not {raw}")
     if value <= 0 and key != "ratio":
         raise TargetError(f"target {text!r}: {key} must be more than 0, not {raw}")
-    return value
+    if key == "latency" and value > 1 and not unit:
+        raise TargetError(
+            f"target {text!r}: a latency of more than the dense program's; give a fraction, or a unit: {raw}ms"
+        )
+    return value, bool(unit)
 
 
 def parse_round_to(text: str) -> int | Literal["auto"]:
@@ -191,8 +239,9 @@ def _quarter(size: int, *, limit: int) -> int:
 def _is_near(cost: Cost, target: Target, dense: Cost) -> bool:
     """Whether a choice lands within 1 % of the limits, or has none to land at."""
     room = limits_room(cost, target, dense)
-    limits = [v for v in (target.macs, target.params) if v is not None]
-    return not limits or room <= 0.01 * min(1.0, *limits)
+    limits = target.limits(dense)
+    shares = [getattr(limits, n) / max(1e-12, getattr(dense, n)) for n in target.resources]
+    return not shares or room <= 0.01 * min(1.0, *shares)
 
 
 def _choose(
@@ -308,12 +357,10 @@ def _losses(units: Units) -> NDArray[np.float64]:
 
 def _savings(groups: DependencyGroups, units: Units, target: Target) -> NDArray[np.float64]:
     """Return the fraction of the limited resources that each unit saves; never zero."""
-    params, macs = groups.cost.saved()
+    dense = groups.cost.total()
     per_channel = np.zeros(groups.num_channels)
-    if target.params is not None:
-        per_channel += params / max(1, groups.cost.params)
-    if target.macs is not None:
-        per_channel += macs / max(1, groups.cost.macs)
+    for name in target.resources:
+        per_channel += groups.cost.saved(name) / max(1e-12, getattr(dense, name))
     saved = np.bincount(units.owner, weights=per_channel[units.channels], minlength=len(units))
     return np.asarray(np.maximum(saved, 1e-15))
 
@@ -376,7 +423,7 @@ def _by_limits(groups: DependencyGroups, units: Units, order: Bundles, target: T
         return limits_room(cost(removed), target, dense)
 
     def fits(found: Cost) -> bool:
-        return found.macs <= limits.macs and found.params <= limits.params
+        return all(getattr(found, name) <= getattr(limits, name) for name in target.resources)
 
     if not fits(least := cost(rank < len(order))):
         raise TargetError(unreachable(groups, target, dense, least))
@@ -446,23 +493,22 @@ def _flipped(removed: Flags, bundle: Atoms) -> Flags:
 def limits_room(cost: Cost, target: Target, dense: Cost) -> float:
     """Return how far below the nearest limit a cost is, as a fraction of the dense program; negative above it."""
     limits = target.limits(dense)
-    return min(
-        (limits.macs - cost.macs) / max(1, dense.macs) if limits.macs < dense.macs else math.inf,
-        (limits.params - cost.params) / max(1, dense.params)
-        if limits.params < dense.params
-        else math.inf,
-    )
+    rooms = [
+        (getattr(limits, name) - getattr(cost, name)) / max(1e-12, getattr(dense, name))
+        for name in target.resources
+        if getattr(limits, name) < getattr(dense, name)
+    ]
+    return min(rooms, default=math.inf)
 
 
 def unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Cost) -> str:
     """Return the message for a target below the least cost that can be reached."""
     reached = []
-    for name in ("macs", "params"):
-        if getattr(target, name) is not None:
-            total, low = getattr(dense, name), getattr(least, name)
-            reached.append(f"{name}={low / max(1, total):.4f} ({low:,} of {total:,})")
+    for name in target.resources:
+        total, low = getattr(dense, name), getattr(least, name)
+        reached.append(f"{name}={low / max(1e-12, total):.4f} ({low:,} of {total:,})")
     pinned = sum(len(g) for g in groups if g.pinned)
-    asked = ", ".join(f"{n}={v:g}" for n, v in vars(target).items() if v is not None)
+    asked = ", ".join(f"{name}={getattr(target, name):g}" for name in target.resources)
     return (
         f"target {asked} cannot be reached: with every removable channel gone the program is at {', '.join(reached)}; "
         f"{pinned} of {sum(map(len, groups))} coupled channels are pinned (graphprune inspect says why). "

@@ -4,13 +4,18 @@ Both are sums of products of counts. A parameter with labels along its dimension
 (kept indices)`` elements; a contraction noted during propagation does ``constant * product over factors (kept
 atoms)`` multiply-accumulates for one sample. Biases, normalisations and elementwise operations are not counted,
 as in ``torch.utils.flop_counter``. FLOPs = 2 x MACs.
+
+Bytes and milliseconds of the exported file are sums of the same form, once they have been measured
+(`graphprune.measured`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +25,13 @@ from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import Labels
 from graphprune.program import Program
 
-__all__ = ["Cost", "CostModel", "NodeCost", "Products"]
+__all__ = ["RESOURCES", "Cost", "CostModel", "Keep", "NodeCost", "Products", "Resource"]
 
 Keep = NDArray[np.bool_]
+
+Resource = Literal["macs", "params", "size", "latency"]
+RESOURCES: tuple[Resource, ...] = ("macs", "params", "size", "latency")
+"""What a target can limit."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,10 @@ class Cost:
 
     params: int
     macs: int
+    size: int = 0
+    """Bytes of the exported file; 0 where they were not measured."""
+    latency: float = 0.0
+    """Milliseconds of one sample in ONNX Runtime, as a model of measurements has it; 0 where none were taken."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,23 @@ class Products:
     """Where each factor starts in `channels`."""
     owners: NDArray[np.int64]
     """Which product each factor belongs to."""
+
+    @classmethod
+    def sum_of(cls, parts: Sequence[tuple[float, Products]], constant: float = 0.0) -> Products:
+        """Return the products of a weighted sum of sums, and a constant."""
+        terms = np.cumsum([0, *(len(p.constants) for _, p in parts)])
+        factors = np.cumsum([0, *(len(p.channels) for _, p in parts)])
+        nothing = np.zeros(0, np.int64)
+        return cls(
+            constants=np.array([*(c for w, p in parts for c in w * p.constants), constant]),
+            channels=np.concatenate([nothing, *(p.channels for _, p in parts)]),
+            starts=np.concatenate(
+                [nothing, *(p.starts + at for (_, p), at in zip(parts, factors, strict=False))]
+            ),
+            owners=np.concatenate(
+                [nothing, *(p.owners + at for (_, p), at in zip(parts, terms, strict=False))]
+            ),
+        )
 
     @classmethod
     def of(cls, terms: Sequence[tuple[float, Sequence[Atoms]]], channel_of: Atoms) -> Products:
@@ -96,6 +126,8 @@ class CostModel:
     """Parameter -> the first node that uses it."""
     _macs: Products
     _params: Products
+    measured: Mapping[Resource, Products] = field(default_factory=lambda: MappingProxyType({}))
+    """What was measured besides, in bytes and milliseconds."""
 
     @classmethod
     def build(
@@ -125,26 +157,32 @@ class CostModel:
         return np.ones(self.num_channels, dtype=np.bool_)
 
     def total(self, keep: Keep | None = None) -> Cost:
-        """Return parameters and MACs when the channels in `keep` are left (all of them by default)."""
+        """Return what the program costs when the channels in `keep` are left (all of them by default)."""
         keep = self.everything() if keep is None else keep
+        found = {name: float(p.values(keep).sum()) for name, p in self.measured.items()}
         return Cost(
-            params=round(self._params.values(keep).sum()), macs=round(self._macs.values(keep).sum())
+            params=round(self._params.values(keep).sum()),
+            macs=round(self._macs.values(keep).sum()),
+            size=round(found.get("size", 0.0)),
+            latency=found.get("latency", 0.0),
         )
 
-    def saved(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the parameters and the MACs that the dense program saves, to first order, with each channel."""
-        count = self.num_channels
-        return self._params.marginal(count), self._macs.marginal(count)
+    def saved(self, resource: Resource) -> NDArray[np.float64]:
+        """Return how much of a resource the dense program saves, to first order, with each channel."""
+        return self.products(resource).marginal(self.num_channels)
 
-    @property
-    def macs_products(self) -> Products:
-        """One product per contraction."""
-        return self._macs
+    def products(self, resource: Resource) -> Products:
+        """Return the products whose sum is the amount of a resource: one per contraction, or per parameter.
 
-    @property
-    def params_products(self) -> Products:
-        """One product per parameter."""
-        return self._params
+        Raises:
+            KeyError: Nobody has measured it.
+        """
+        known = {"macs": self._macs, "params": self._params, **self.measured}
+        return known[resource]
+
+    def with_measured(self, resource: Resource, products: Products) -> CostModel:
+        """Return the model with one more resource."""
+        return replace(self, measured=MappingProxyType({**self.measured, resource: products}))
 
     @property
     def params(self) -> int:

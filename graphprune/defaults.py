@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 
 from graphprune import registry, textform
-from graphprune.budget import parse_round_to, parse_target
+from graphprune.budget import Target, parse_round_to, parse_target
 from graphprune.errors import UsageError
 from graphprune.options import convert_options
 
@@ -46,7 +46,7 @@ def default_pipeline(
         TargetError: `target` cannot be read or is out of range.
         UsageError: `method` is no method, or `epochs` cannot be trained.
     """
-    parse_target(target)  # before any work is done for it
+    limits = parse_target(target)  # before any work is done for it
     parse_round_to(str(round_to))
     _must_be_method(method)
     choice: dict[str, textform.Value] = {"target": target}
@@ -63,6 +63,7 @@ def default_pipeline(
         chosen = [method, textform.format_pass("choose-channels", choice)]
     steps = [
         "dependency-groups",  # which channels must go together, and which cannot go
+        *_measurements(limits),
         *chosen,
         *_after_the_choice(
             has_data=has_data,
@@ -73,6 +74,13 @@ def default_pipeline(
         ),
     ]
     return ",".join(steps)
+
+
+def _measurements(limits: Target) -> list[str]:
+    if not limits.needs_measuring:
+        return []
+    # bytes of the file, and milliseconds where it will run
+    return ["measure-costs" if limits.latency is not None else "measure-costs{latency=false}"]
 
 
 def replay_pipeline(

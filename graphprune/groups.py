@@ -154,7 +154,7 @@ class DependencyGroups(Facts):
         for source in self.labels.sources.values():
             arrays.update((id(a), a) for a in source.atoms.values())
         inside = [value for call in self.labels.calls for value in (call.before, call.after)]
-        for info in _tensor_infos([*self.labels.values.values(), *inside]):
+        for info in tensor_infos([*self.labels.values.values(), *inside]):
             arrays.update((id(f.atoms), f.atoms) for f in info.fields)
         mapped = (self.channel_of[a].ravel() for a in arrays.values())
         return tuple({a.tobytes(): a for a in mapped if a.size}.values())
@@ -260,14 +260,14 @@ class DependencyGroups(Facts):
         return graph
 
 
-def _tensor_infos(values: Sequence[object]) -> Iterator[TensorInfo]:
+def tensor_infos(values: Sequence[object]) -> Iterator[TensorInfo]:
     for value in values:
         if isinstance(value, TensorInfo):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _tensor_infos(value)
+            yield from tensor_infos(value)
         elif isinstance(value, dict):
-            yield from _tensor_infos(list(value.values()))
+            yield from tensor_infos(list(value.values()))
 
 
 def analyze(program: Program) -> DependencyGroups:

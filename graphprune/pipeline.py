@@ -135,6 +135,11 @@ class Context:
     resume: bool = False
     """Whether to go on from the state in that folder, if there is one."""
 
+    @property
+    def runtime_device(self) -> str:
+        """Where ONNX Runtime computes; where its CUDA provider does not load, on the CPU."""
+        return self.device.replace("cuda", "auto")
+
     def need(self, kind: type[F]) -> F:
         """Return the fact of class `kind`.
 

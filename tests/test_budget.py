@@ -48,6 +48,16 @@ class TestParse:
             ("macs=.5", Target(macs=0.5)),
             ("ratio=0", Target(ratio=0.0)),
             ("ratio=0.3", Target(ratio=0.3)),
+            ("size=0.4", Target(size=0.4)),
+            ("size=500KB", Target(size=5e5)),
+            ("size=1.5 MiB", Target(size=1.5 * 2**20)),
+            ("latency=0.6", Target(latency=0.6)),
+            ("latency=3ms", Target(latency=3.0)),
+            (
+                "latency=.8ms,macs=0.5",
+                Target(latency=0.8, macs=0.5, is_amount=frozenset({"latency"})),
+            ),
+            ("latency=250us", Target(latency=0.25, is_amount=frozenset({"latency"}))),
         ],
     )
     def test_text_is_read(self, text: str, target: Target) -> None:
@@ -68,6 +78,13 @@ class TestParse:
             ("macs=50%", "'50%' is not a number"),
             ("macs=0", "macs must be more than 0, not 0"),
             ("params=0.0", "params must be more than 0, not 0.0"),
+            ("size=3ms", "'3ms' is not a number such as 0.5 or 500KB; units are kb, mb"),
+            (
+                "latency=3",
+                "a latency of more than the dense program's; give a fraction, or a unit: 3ms",
+            ),
+            ("latency=3MB", "'3MB' is not a number such as 0.5 or 3ms; units are us, ms, s"),
+            ("ratio=3k", "'3k' is not a number such as 0.3"),
             ("ratio=1", "ratio must be at least 0 and less than 1, not 1"),
             ("ratio=1.5", "ratio must be at least 0 and less than 1, not 1.5"),
             ("ratio=0.5,macs=0.5", "ratio= stands alone; it says itself how much goes"),
@@ -87,7 +104,7 @@ def test_choice_lands_at_or_just_under_the_target(
     name: str, resource: str, fraction: float
 ) -> None:
     groups = analysed(name)
-    choice = choose(groups, random_scores(groups, 1), Target(**{resource: fraction}))
+    choice = choose(groups, random_scores(groups, 1), parse_target(f"{resource}={fraction}"))
     reached = getattr(choice.cost, resource) / getattr(groups.cost, resource)
     assert fraction - 0.01 <= reached <= fraction
     assert groups.violations(choice.keep) == []
@@ -101,6 +118,12 @@ def test_either_scope_lands(name: str, scope: str) -> None:
     target = Target(macs=0.5)
     choice = choose(groups, random_scores(groups, 2), target, scope=scope)  # type: ignore[arg-type]
     assert 0.49 <= choice.cost.macs / groups.cost.macs <= 0.5
+
+
+def test_a_limit_that_was_not_measured_says_what_to_do() -> None:
+    groups = analysed("tiny_residual")
+    with pytest.raises(TargetError, match="put the pass measure-costs after dependency-groups"):
+        choose(groups, random_scores(groups, 2), Target(latency=0.5))
 
 
 def test_uniform_scope_takes_alike_from_every_group() -> None:

@@ -58,7 +58,7 @@ def measure_overhead(
         precision: What autocast computes in; None: float32.
     """
     groups = analyze(program)
-    scores = Scores(values=groups.cost.saved()[1], method="macs")
+    scores = Scores(values=groups.cost.saved("macs"), method="macs")
     gated = insert_gates(program, groups, scores)
     hook = GateHook(
         gated,

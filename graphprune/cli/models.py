@@ -57,8 +57,9 @@ def compile(
         typer.Option(
             "--target",
             metavar="NAME=AMOUNT",
-            help="macs= or params=, a fraction of the dense model or an amount; several with commas; or ratio=, "
-            "the fraction of each group's channels to remove.  [default: macs=0.5]",
+            help="macs=, params=, size= (of the ONNX file) or latency= (of one sample in ONNX Runtime), a fraction of "
+            "the dense model or an amount such as 1.2G, 500KB or 3ms; several with commas; or ratio=, the fraction of "
+            "each group's channels to remove.  [default: macs=0.5]",
             show_default=False,
         ),
     ] = None,

@@ -16,14 +16,14 @@ section 3. The step at ``w >= 0`` and the range of ``w`` are our reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.cost import CostModel, Products
+from graphprune.cost import CostModel, Products, Resource
 from graphprune.units import Units
 
 __all__ = ["LIMIT", "SHAPES", "GateCost", "Gates", "Shape", "trainable_gate"]
@@ -140,11 +140,16 @@ class GateCost(nn.Module):
     Source: Kim et al. 2019, the loss of section 3: FLOPs as products of sums of gates.
     """
 
-    def __init__(self, cost: CostModel) -> None:
+    def __init__(self, cost: CostModel, resources: Sequence[Resource]) -> None:
         """Take the products of a cost model."""
         super().__init__()
-        self.macs = _SumOfProducts(cost.macs_products)
-        self.params = _SumOfProducts(cost.params_products)
+        self.parts = nn.ModuleDict(
+            {name: _SumOfProducts(cost.products(name)) for name in resources}
+        )
+
+    def forward(self, gates: Tensor) -> Tensor:
+        """Return the fraction of every resource that is left, in float64; shape (resources,)."""
+        return torch.stack([part(gates) for part in self.parts.values()])
 
 
 class _SumOfProducts(nn.Module):

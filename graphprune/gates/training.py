@@ -19,6 +19,7 @@ the task plus lambda ||rho - c(gates)||^2. A pressure that follows the distance,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any, Literal
 
 import numpy as np
@@ -58,14 +59,10 @@ class Budget(nn.Module):
         """Prepare the resources that `target` names."""
         super().__init__()
         self.target = target
-        self.cost = GateCost(gated.groups.cost)
         dense = gated.groups.cost.total()
         limits = target.limits(dense)
-        found = []
-        if target.macs is not None:
-            found.append(limits.macs / max(1, dense.macs))
-        if target.params is not None:
-            found.append(limits.params / max(1, dense.params))
+        self.cost = GateCost(gated.groups.cost, target.resources)
+        found = [getattr(limits, n) / max(1e-12, getattr(dense, n)) for n in target.resources]
         units = gated.units
         groups, group_of = np.unique(units.group, return_inverse=True)
         if target.ratio is not None:
@@ -82,12 +79,8 @@ class Budget(nn.Module):
                 0, self.group_of, torch.ones_like(inside)
             )
             return torch.zeros_like(self.limits).index_add(0, self.group_of, inside) / sizes
-        used = []
-        if self.target.macs is not None:
-            used.append(self.cost.macs(gates))
-        if self.target.params is not None:
-            used.append(self.cost.params(gates))
-        return torch.stack(used)
+        used: Tensor = self.cost(gates)
+        return used
 
 
 class GateHook(Hook):
@@ -218,8 +211,8 @@ class GateHook(Hook):
             "integral": self.integral,
             "steps": self.steps,
             "is_frozen": self.gates.is_frozen,
-            "own_cost": [self.own_cost.params, self.own_cost.macs],
-            "macs": [self.now.params, self.now.macs],
+            "own_cost": astuple(self.own_cost),
+            "now": astuple(self.now),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -228,7 +221,7 @@ class GateHook(Hook):
             setattr(self, name, state[name].clone())
         self.steps = state["steps"]
         self.gates.is_frozen = state["is_frozen"]
-        self.own_cost, self.now = Cost(*state["own_cost"]), Cost(*state["macs"])
+        self.own_cost, self.now = Cost(*state["own_cost"]), Cost(*state["now"])
         if self.gates.is_frozen:
             self.choice = self._chosen(self.gates.keep.cpu().numpy() > 0)
 

@@ -71,7 +71,7 @@ def batch_norm(
     Shapes:
         x: [batch, channels, height, width].
     """
-    is_ours = (
+    is_for_us = (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -83,7 +83,7 @@ def batch_norm(
         and weight is not None
         and bias is not None
     )
-    if not is_ours:
+    if not is_for_us:
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     out, mean, var = _Pixelwise.apply(x, weight, bias, eps)
     _update(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
@@ -111,12 +111,12 @@ class _Pixelwise(torch.autograd.Function):
         return _image(out, x), mean, var
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, inverse = ctx.saved_tensors
         channels = x.shape[1]
         rows, pixels = _rows(x)
-        grads, _ = _rows(grad.contiguous(memory_format=torch.channels_last))
+        grads = _rows(grad.contiguous(memory_format=torch.channels_last))[0]
         count = x.numel() // channels
         of_bias = grads.sum(0).view(pixels, channels).sum(0)
         centred = (rows - mean.repeat(pixels)).mul_(grads)
@@ -133,9 +133,9 @@ class _Pixelwise(torch.autograd.Function):
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """Return images in channels_last as a matrix whose rows are several pixels each, and how many."""
     batch, channels, height, width = x.shape
-    count = batch * height * width
-    pixels = gcd(_LANES // gcd(channels, _LANES), count)
-    return x.permute(0, 2, 3, 1).reshape(count // pixels, pixels * channels), pixels
+    total = batch * height * width
+    pixels = gcd(_LANES // gcd(channels, _LANES), total)
+    return x.permute(0, 2, 3, 1).reshape(total // pixels, pixels * channels), pixels
 
 
 def _image(rows: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Net
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,13 +74,13 @@ class Teacher:
             )
         self.task = task
         self.temperature = temperature
-        self.module = program.clone().module.requires_grad_(False)
-        self.module.to(device).to(memory_format=memory_format)
+        module = program.clone().module.requires_grad_(False)
+        module.to(device).to(memory_format=memory_format)
         self.stages = stages or {}
-        self.taps = insert_taps(self.module, self.stages)
+        self.taps = insert_taps(module, self.stages)
         # By the length of the whole run, so that one that goes on from a checkpoint computes the same.
-        if device.type == "cpu" and looks >= MANY_LOOKS and not self.stages:
-            self.module = _compiled(self.module)
+        is_compiled = device.type == "cpu" and looks >= MANY_LOOKS and not self.stages
+        self.module = _compiled(module) if is_compiled else module
 
     def look(self, inputs: tuple[Tensor, ...]) -> Any:
         """Return what the dense program says of `inputs`; its taps hold what it thinks on the way."""
@@ -100,19 +100,19 @@ class Teacher:
 
 def _compiled(module: nn.Module) -> nn.Module:
     """Return `module` with convolutions, norms and activations fused, if there is a compiler for the CPU."""
-    if not any(shutil.which(name) for name in ("g++", "clang++")):
-        return module
-    compiled = torch.compile(module, dynamic=False, options={"freezing": True})
-    return _OrAsItIs(compiled, module)
+    has_compiler = any(shutil.which(name) for name in ("g++", "clang++"))
+    return _Compiled(module) if has_compiler else module
 
 
-class _OrAsItIs(nn.Module):
-    """Calls a compiled module, or the module as it is once that has failed."""
+class _Compiled(nn.Module):
+    """Calls a module compiled, or as it is once compiling has failed."""
 
-    def __init__(self, compiled: nn.Module, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.run = compiled
         self.module = module
+        self.run: Callable[..., Any] = torch.compile(
+            module, dynamic=False, options={"freezing": True}
+        )
 
     def forward(self, *inputs: Tensor) -> Any:
         """Call whichever works."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +21,25 @@ def images(channels: int, *, batch: int = 6, side: int = 8) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets an element whenever our own kernel is called."""
+    uses: list[int] = []
+    apply = ours._Pixelwise.apply
+
+    def counting(*args: Any) -> Any:
+        uses.append(len(args))
+        return apply(*args)
+
+    monkeypatch.setattr(ours._Pixelwise, "apply", counting)
+    return uses
+
+
 @pytest.mark.parametrize("batch", [6, 7])
 @pytest.mark.parametrize("channels", [2, 3, 11, 12, 16, 22, 39, 45])
 def test_values_and_gradients_are_those_of_torch(
     channels: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uses: list[int] = []
-    apply = ours._Pixelwise.apply
-    monkeypatch.setattr(ours._Pixelwise, "apply", lambda *a: (uses.append(1), apply(*a))[1])
+    uses = counted(monkeypatch)
     layer = nn.BatchNorm2d(channels)
     nn.init.uniform_(layer.weight, 0.5, 1.5)
     nn.init.uniform_(layer.bias)
@@ -54,14 +66,10 @@ def test_a_form_trains_with_it_in_both_dialects(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 11, 3, padding=1), nn.BatchNorm2d(11), nn.ReLU()).eval()
     twin = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
-    source = model
-    if dialect == "export":
-        source = torch.export.export(model, (images(3),))
-    program = capture(source, images(3))
+    exported = torch.export.export(model, (images(3),))
+    program = capture(model if dialect == "fx" else exported, images(3))
     program.module.to(memory_format=torch.channels_last)
-    uses: list[int] = []
-    apply = ours._Pixelwise.apply
-    monkeypatch.setattr(ours._Pixelwise, "apply", lambda *a: (uses.append(1), apply(*a))[1])
+    uses = counted(monkeypatch)
     form = training_form(program).train()
     x = images(3)
     found, wanted = form(x), twin(x)

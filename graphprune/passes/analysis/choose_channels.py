@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from graphprune.budget import choose, parse_round_to, parse_target
+from graphprune.budget import Choice, choose, parse_round_to, parse_target
 from graphprune.groups import DependencyGroups
+from graphprune.measured import land
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -24,7 +25,7 @@ class ChooseChannels(Pass):
     requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups, Scores)
 
     target: str = "macs=0.5"
-    """Limits such as ``macs=0.5``, ``params=5M`` or both, or ``ratio=0.3`` of every group."""
+    """Limits such as ``macs=0.5``, ``params=5M,latency=3ms`` or ``size=0.3``, or ``ratio=0.3`` of every group."""
     granularity: str = "channels"
     """What may go: ``channels``, ``heads``, or both with a comma."""
     round_to: str = "auto"
@@ -38,14 +39,21 @@ class ChooseChannels(Pass):
     def run(self, program: Program, context: Context) -> Plan:
         """Return the plan."""
         groups, scores = context.need(DependencyGroups), context.need(Scores)
-        choice = choose(
-            groups,
-            scores.values,
-            parse_target(self.target),
-            granularity=parse_granularity(self.granularity),
-            round_to=parse_round_to(self.round_to),
-            scope=self.scope,
-            max_ratio=self.max_ratio,
+        target = parse_target(self.target)
+
+        def decide(costs: DependencyGroups) -> Choice:
+            return choose(
+                costs,
+                scores.values,
+                target,
+                granularity=parse_granularity(self.granularity),
+                round_to=parse_round_to(self.round_to),
+                scope=self.scope,
+                max_ratio=self.max_ratio,
+            )
+
+        choice = land(
+            program, groups, target, decide, device=context.runtime_device, seed=context.seed
         )
         return Plan.of(
             program,

@@ -55,7 +55,7 @@ class ExportOnnx(Pass):
         with context.progress.task("export to ONNX", 3 if self.measure else 2) as task:
             written = export_onnx(program, prepare_out(context.out) / _FILE, opset=self.opset)
             task.advance()
-            session = open_session(written.path, _device(context))
+            session = open_session(written.path, context.runtime_device)
             check = parity(program, session, seed=context.seed)
             task.advance()
             measurements: dict[str, Any] = {
@@ -84,7 +84,7 @@ class ExportOnnx(Pass):
                 written = export_onnx(part.program, path, opset=self.opset)
                 files += written.files
                 names[part.path] = path.name
-                session = open_session(path, _device(context))
+                session = open_session(path, context.runtime_device)
                 checks.append(parity(part.program, session, seed=context.seed))
                 task.advance()
         size = sum(file.stat().st_size for file in files)
@@ -104,7 +104,7 @@ class ExportOnnx(Pass):
             sparse_after = _sparsity(program, files)
             sparse_before = _sparsity(context.dense, dense.files, always=bool(sparse_after))
             inputs = program.batch(1, seed=context.seed)
-            before, after = bench([dense.path, files[0]], inputs, device=_device(context))
+            before, after = bench([dense.path, files[0]], inputs, device=context.runtime_device)
         return {
             "latency_ms": after.median_ms,
             "before": {
@@ -133,8 +133,3 @@ def _sparsity(program: Program, files: tuple[Path, ...], *, always: bool = False
 def _error(check: Check) -> float:
     error = check.max_abs_err
     return math.inf if error is None else error / check.tolerance if check.tolerance else error
-
-
-def _device(context: Context) -> str:
-    # Where torch has a GPU, ONNX Runtime's CUDA provider may still not load: then the CPU checks, and the note says so.
-    return context.device.replace("cuda", "auto")

@@ -21,10 +21,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from graphprune.budget import AUTO_STEPS, limits_room, parse_round_to, parse_target, unreachable
-from graphprune.cost import Keep
+from graphprune.budget import (
+    AUTO_STEPS,
+    Target,
+    limits_room,
+    parse_round_to,
+    parse_target,
+    unreachable,
+)
+from graphprune.cost import CostModel, Keep
 from graphprune.errors import DataError, PassError, TargetError
 from graphprune.groups import DependencyGroups
+from graphprune.measured import land
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -61,7 +69,7 @@ class StructuredObs(Pass):
     chooses: ClassVar[bool] = True
 
     target: str = "macs=0.5"
-    """Limits such as ``macs=0.5``, ``params=5M`` or both, or ``ratio=0.3`` of every group."""
+    """Limits such as ``macs=0.5``, ``params=5M,latency=3ms`` or ``size=0.3``, or ``ratio=0.3`` of every group."""
     granularity: str = "channels"
     """What may go: ``channels``, ``heads``, or both with a comma."""
     round_to: str = "auto"
@@ -128,6 +136,14 @@ class StructuredObs(Pass):
             )
         loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
         return [batch[0] for batch in loader]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Allocation:
+    """How many units of each group go, and the channels that then stay."""
+
+    removed: list[int]
+    keep: Keep
 
 
 class _Surgeon:
@@ -248,12 +264,30 @@ class _Surgeon:
             TargetError: The target cannot be reached.
         """
         target = parse_target(self.options.target)
-        dense = self.groups.cost.total()
         if target.ratio is not None:
             return [
                 max(n for n in self._counts(g, 1) if n <= target.ratio * len(g) + 1e-9)
                 for g in self.found
             ]
+
+        def decide(costs: DependencyGroups) -> _Allocation:
+            removed = self._allocated(removals, target, costs.cost)
+            return _Allocation(removed=removed, keep=self.keep(removals, removed))
+
+        return land(
+            self.program,
+            self.groups,
+            target,
+            decide,
+            device=self.context.runtime_device,
+            seed=self.context.seed,
+        ).removed
+
+    def _allocated(
+        self, removals: Sequence[Removal], target: Target, model: CostModel
+    ) -> list[int]:
+        """Return how many units of each group go to meet a target by a cost model."""
+        dense = model.total()
         step = parse_round_to(self.options.round_to)
         least = None
         for limit in AUTO_STEPS if step == "auto" else (step,):
@@ -265,8 +299,7 @@ class _Surgeon:
 
             def room(chosen: Sequence[int], counts: Any = counts) -> float:
                 removed = [c[i] for c, i in zip(counts, chosen, strict=True)]
-                cost = self.groups.cost.total(self.keep(removals, removed))
-                return limits_room(cost, target, dense)
+                return limits_room(model.total(self.keep(removals, removed)), target, dense)
 
             chosen = allocate(levels, room)
             if chosen is not None:
@@ -276,8 +309,7 @@ class _Surgeon:
                 least = removed
         if least is not None:
             return least
-        everything = [c[-1] for c in counts]
-        reached = self.groups.cost.total(self.keep(removals, everything))
+        reached = model.total(self.keep(removals, [c[-1] for c in counts]))
         raise TargetError(unreachable(self.groups, target, dense, reached))
 
     def _counts(self, group: UnitGroup, limit: int, *, auto: bool = False) -> list[int]:

@@ -48,7 +48,7 @@ class TrainableGates(Pass):
     chooses: ClassVar[bool] = True
 
     target: str = "macs=0.5"
-    """Limits such as ``macs=0.5``, ``params=5M`` or both, or ``ratio=0.3`` of every group."""
+    """Limits such as ``macs=0.5``, ``params=5M,latency=3ms`` or ``size=0.3``, or ``ratio=0.3`` of every group."""
     granularity: str = "channels"
     """What may go: ``channels``, ``heads``, or both with a comma."""
     round_to: str = "auto"

@@ -1,0 +1,61 @@
+"""Measure what the graph alone does not say: bytes of the exported file, and milliseconds where the model will run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from graphprune.errors import UsageError
+from graphprune.groups import DependencyGroups
+from graphprune.measured import fit_latency, probes, size_products, time_cuts
+from graphprune.onnx_export import export_onnx
+from graphprune.pipeline import Context, Facts, Pass
+from graphprune.program import Program
+
+__all__ = ["MeasureCosts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureCosts(Pass):
+    """Measure the file's size, and fit a model of latency to a few cuts timed in ONNX Runtime.
+
+    Afterwards ``size=`` and ``latency=`` are targets like ``macs=``, for every pass that chooses channels.
+    """
+
+    name: ClassVar[str] = "measure-costs"
+    requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
+
+    latency: bool = True
+    """Whether to time cuts, which takes an export each; else only the size is measured."""
+
+    def run(self, program: Program, context: Context) -> DependencyGroups:
+        """Return the analysis with the measured costs added to its cost model."""
+        groups = context.need(DependencyGroups)
+        if self.latency and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                f"{self.name} times cuts in one process, found several, which would measure differently; "
+                "choose channels by latency in one process, and train what is left in several"
+            )
+        choices = probes(groups, seed=context.seed) if self.latency else []
+        with context.progress.task("measure costs", 1 + len(choices)) as task:
+            with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+                written = export_onnx(program, Path(folder) / "dense.onnx")
+            task.advance()
+            sizes = size_products(program, groups, written.num_bytes)
+            cost = groups.cost.with_measured("size", sizes)
+            if self.latency:
+                times = time_cuts(
+                    program,
+                    groups,
+                    choices,
+                    device=context.runtime_device,
+                    seed=context.seed,
+                    advance=task.advance,
+                )
+                fit = fit_latency(groups, choices, times)
+                cost = cost.with_measured("latency", fit.products(groups))
+        return dataclasses.replace(groups, cost=cost)

@@ -1,0 +1,176 @@
+"""Measured costs: bytes are those of the file, latency is a model of what was timed, and targets on both are met."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import graphprune as gp
+from graphprune import measured
+from graphprune.budget import choose, parse_target
+from graphprune.cost import Products
+from graphprune.cut import cut_program
+from graphprune.errors import TargetError, UsageError
+from graphprune.groups import DependencyGroups, analyze
+from graphprune.onnx_export import export_onnx
+from graphprune.passes.analysis import MeasureCosts
+from graphprune.pipeline import Context
+from graphprune.program import Program
+from graphprune.runtime import Latency
+from tests import models
+from tests.exactness import random_scores
+
+PER_CALL = 0.2
+PER_BYTE = 2e-5
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a file take time for its bytes, with a step every four kilobytes; return how many were timed."""
+    timed: list[int] = []
+
+    def bench(paths: Sequence[Path], inputs: Sequence[Tensor], **_: Any) -> list[Latency]:
+        timed.extend(path.stat().st_size for path in paths)
+        return [
+            Latency(
+                path=path,
+                median_ms=PER_CALL + PER_BYTE * 4096 * -(-path.stat().st_size // 4096),
+                p10_ms=0.0,
+                p90_ms=0.0,
+                runs=1,
+                provider="a clock of our own",
+            )
+            for path in paths
+        ]
+
+    monkeypatch.setattr(measured, "bench", bench)
+    monkeypatch.setattr(measured, "PROBES", (0.8, 0.5))
+    return timed
+
+
+def network() -> Program:
+    torch.manual_seed(0)
+    return gp.capture(models.tiny_residual().eval(), torch.randn(1, 3, 16, 16))
+
+
+def with_costs(program: Program, **options: Any) -> DependencyGroups:
+    """Return the analysis with measured costs, as a pipeline makes it."""
+    context = Context(facts={DependencyGroups: analyze(program)}, dense=program)
+    return MeasureCosts(**options).run(program, context)
+
+
+def test_bytes_are_those_of_the_file(tmp_path: Path) -> None:
+    program = network()
+    groups = with_costs(program, latency=False)
+    dense = export_onnx(program, tmp_path / "dense.onnx").num_bytes
+    assert groups.cost.total().size == dense
+    assert groups.cost.total().latency == 0.0
+    keep = choose(groups, random_scores(groups, 1), parse_target("size=0.6")).keep
+    cut = cut_program(program, groups, keep).program
+    written = export_onnx(cut, tmp_path / "cut.onnx").num_bytes
+    assert abs(groups.cost.total(keep).size - written) < 0.02 * dense
+    assert 0.55 * dense < written <= 0.61 * dense
+
+
+def test_a_model_of_latency_explains_what_it_was_fitted_to() -> None:
+    program = network()
+    groups = analyze(program)
+    choices = measured.probes(groups)
+    assert len(choices) > 4
+    assert len({keep.tobytes() for keep in choices}) == len(choices)
+    assert all(groups.violations(keep) == [] for keep in choices)
+    made_up = [1.0 + 3e-6 * groups.cost.total(keep).macs for keep in choices]
+    fit = measured.fit_latency(groups, choices, made_up)
+    assert fit.error < 0.05
+    products = fit.products(groups)
+    for keep, milliseconds in zip(choices, made_up, strict=True):
+        assert products.values(keep).sum() == pytest.approx(milliseconds, rel=0.05)
+    assert min(fit.coefficients.values()) >= 0
+
+
+@pytest.mark.parametrize("target", ["latency=0.6", "latency=0.8,macs=0.5"])
+def test_a_latency_is_reached_as_it_is_timed(target: str, clock: list[int]) -> None:
+    program = network()
+    groups = with_costs(program)
+    scores = random_scores(groups, 2)
+    limits = parse_target(target)
+    choice = measured.land(
+        program, groups, limits, lambda costs: choose(costs, scores, limits), device="cpu"
+    )
+    before, after = measured.time_cuts(
+        program, groups, [groups.cost.everything(), choice.keep], device="cpu"
+    )
+    assert limits.latency is not None
+    assert after / before <= limits.latency
+    if limits.macs is None:
+        assert after / before > limits.latency - 0.15
+    assert groups.cost.total(choice.keep).macs <= (limits.macs or 1.0) * groups.cost.macs
+
+
+def test_a_latency_that_no_cut_reaches_is_said(clock: list[int]) -> None:
+    program = network()
+    groups = with_costs(program)
+    limits = parse_target("latency=0.001")
+    with pytest.raises(TargetError, match="latency=0.001 cannot be reached"):
+        measured.land(
+            program,
+            groups,
+            limits,
+            lambda costs: choose(costs, random_scores(costs, 0), limits),
+            device="cpu",
+        )
+
+
+@pytest.mark.parametrize("target", ["latency=0.6", "size=0.5"])
+def test_compile_takes_measured_targets(target: str, clock: list[int], tmp_path: Path) -> None:
+    result = gp.compile(
+        models.tiny_residual().eval(), torch.randn(1, 3, 16, 16), target=target, out=tmp_path
+    )
+    surgery = result.report.checks["surgery"]
+    assert surgery is not None
+    assert surgery.passed
+    names = [record.name.partition("{")[0] for record in result.report.passes]
+    assert names[:2] == ["dependency-groups", "measure-costs"]
+    before, after = result.report.before, result.report.after
+    assert before.params is not None
+    assert after.params is not None
+    assert after.params < before.params
+    if target == "size=0.5":
+        assert after.onnx_bytes is not None
+        assert before.onnx_bytes is not None
+        assert after.onnx_bytes <= 0.51 * before.onnx_bytes
+    assert bool(clock) == ("latency" in target)
+
+
+def test_several_processes_do_not_time_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="choose channels by latency in one process"):
+        with_costs(network())
+
+
+def test_a_sum_of_sums_is_their_sum() -> None:
+    groups = analyze(network())
+    macs, params = groups.cost.products("macs"), groups.cost.products("params")
+    total = Products.sum_of([(2.0, macs), (0.5, params)], 7.0)
+    keep = measured.probes(groups)[2]
+    cost = groups.cost.total(keep)
+    assert total.values(keep).sum() == pytest.approx(2 * cost.macs + 0.5 * cost.params + 7)
+    expected = 2 * groups.cost.saved("macs") + 0.5 * groups.cost.saved("params")
+    np.testing.assert_allclose(total.marginal(groups.num_channels), expected)
+    nothing = Products.sum_of([], 3.0)
+    assert nothing.values(keep).tolist() == [3.0]
+    assert not nothing.marginal(groups.num_channels).any()
+
+
+def test_measured_costs_are_told_from_the_model(clock: list[int]) -> None:
+    groups = with_costs(network())
+    assert set(groups.cost.measured) == {"size", "latency"}
+    bare = dataclasses.replace(groups.cost, measured={})
+    assert bare.total() == dataclasses.replace(groups.cost.total(), size=0, latency=0.0)
