@@ -4,10 +4,14 @@ base.py           the table; what is expected of a pattern
 channel_order.py  shuffles, pixels, copies, rolls, indices
 gates.py          gated units, squeeze and excitation
 wiring.py         shortcuts, concatenations, splits, streams, shared and tied weights
-layers.py         convolutions, normalisations, activations, embeddings, bare parameters
-attention.py      attention in every form, state spaces
+convolutions.py   convolutions of every kind
+layers.py         normalisations, activations, embeddings, bare parameters
+attention.py      attention over heads: fused, grouped, masked, with positions
+mixers.py         linear, cross, spatial and pooled attention, attention modules, state spaces
 recurrent.py      LSTM, GRU, RNN
-arithmetic.py     products, statistics, transforms, writes in place, sizes and control flow
+arithmetic.py     products, statistics
+space.py          resampling, pooling, padding, Fourier transforms
+writes.py         writes in place and into tensors, sizes and control flow
 
 A pattern is a function under ``@pattern(...)`` that returns a `Net`; it names what must be cut, what is
 kept, and why.
@@ -17,13 +21,31 @@ from tests.patterns import (
     arithmetic,
     attention,
     channel_order,
+    convolutions,
     gates,
     layers,
+    mixers,
     recurrent,
+    space,
     wiring,
+    writes,
 )
 from tests.patterns.base import PATTERNS, Net, Pattern
 
 __all__ = ["PATTERNS", "Net", "Pattern"]
 
-assert all((arithmetic, attention, channel_order, gates, layers, recurrent, wiring))
+assert all(
+    (
+        arithmetic,
+        attention,
+        channel_order,
+        convolutions,
+        gates,
+        layers,
+        mixers,
+        recurrent,
+        space,
+        wiring,
+        writes,
+    )
+)
