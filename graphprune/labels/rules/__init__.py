@@ -8,10 +8,12 @@ contraction.py     convolution, linear, matmul, scaled dot product: labels meet 
 detection.py       torchvision's regions of a feature map
 elementwise.py     labels that meet are the same channel
 indexing.py        index, gather, scatter, index_add, ...: read and write by number
-movement.py        view, permute, cat, split, slice, pad, ...: the label moves as the data does
+movement.py        permute, cat, pad, roll, repeat, ...: the label moves as the data does
 normalization.py   batch, layer, group, instance, RMS norm: affine weights meet the channel
+picking.py         slice, select, split, ...: the label is sliced as the data is
 recurrent.py       LSTM, GRU, RNN: a hidden unit has a row in every gate
 reduction.py       sum, mean, softmax, sort, ... along a dimension
+reshape.py         view, shuffles of pixels and channels: dimensions are split and merged
 spatial.py         pooling, resampling: leading dimensions keep their label
 source.py          tensors that the graph makes: zeros, full, arange, embedding tables
 =================  =====================================================================================
@@ -93,8 +95,10 @@ from graphprune.labels.rules import (  # noqa: E402 - the families register them
     indexing,
     movement,
     normalization,
+    picking,
     recurrent,
     reduction,
+    reshape,
     source,
     spatial,
 )
@@ -106,8 +110,10 @@ _FAMILIES = (
     indexing,
     movement,
     normalization,
+    picking,
     recurrent,
     reduction,
+    reshape,
     source,
     spatial,
 )
