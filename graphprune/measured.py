@@ -63,8 +63,6 @@ class Fit:
     """Milliseconds for each unit of a feature; ``constant`` is the rest."""
     error: float
     """Largest relative distance of the model from a measurement."""
-    measured: tuple[tuple[Keep, float], ...]
-    """What was timed: choices, and their milliseconds for one sample."""
 
     def products(self, groups: DependencyGroups) -> Products:
         """Return the model as a sum of products."""
@@ -163,7 +161,6 @@ def fit_latency(
     return Fit(
         coefficients=dict(zip(names, (found / scale).tolist(), strict=True)),
         error=float(np.abs(predicted / times - 1).max()),
-        measured=tuple(zip(choices, times.tolist(), strict=True)),
     )
 
 

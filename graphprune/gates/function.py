@@ -173,7 +173,7 @@ class _SumOfProducts(nn.Module):
         self.register_buffer("channels", torch.from_numpy(products.channels))
         self.register_buffer("factor_of", torch.from_numpy(position.repeat(lengths)))
         self.register_buffer("table", torch.from_numpy(table))
-        self.register_buffer("constants", torch.from_numpy(products.constants / max(1.0, whole)))
+        self.register_buffer("constants", torch.from_numpy(products.constants / max(1e-12, whole)))
 
     def forward(self, gates: Tensor) -> Tensor:
         """Return the fraction of the cost that is left, a scalar in float64."""

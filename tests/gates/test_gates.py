@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graphprune.budget import choose, parse_target
-from graphprune.cost import Keep
+from graphprune.cost import Cost, Keep, Products
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError
 from graphprune.gates.function import LIMIT, SHAPES, GateCost, Shape, trainable_gate
 from graphprune.gates.insertion import PREFIX, Gated, insert_gates
-from graphprune.gates.training import Axes
+from graphprune.gates.training import Axes, Budget, GateHook
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.program import Program
 from graphprune.scores import Scores
@@ -241,6 +243,31 @@ def test_the_cost_in_gates_is_the_cost_of_the_choice(name: str) -> None:
     )
     expected = torch.from_numpy(per_unit / dense.macs).to(gated.gates.weight.dtype)
     torch.testing.assert_close(gated.gates.weight.grad, expected)
+
+
+def test_gates_press_towards_a_latency_that_was_measured() -> None:
+    make, size = NETWORKS["residual"]
+    program = capture_as(make(), torch.randn(size), "fx")
+    groups = analyze(program)
+    modelled = Products.sum_of([(2e-6, groups.cost.products("macs"))], 0.5)
+    cost = groups.cost.with_measured("latency", modelled)
+    groups = dataclasses.replace(groups, cost=cost)
+    gated = gate(program, groups)
+    target = parse_target("latency=0.8,params=0.7")
+    budget = Budget(gated, target)
+    assert budget.limits.tolist() == pytest.approx([0.7, 0.8], rel=0.01)
+    assert budget(gated.gates()).tolist() == pytest.approx([1.0, 1.0])
+    hook = GateHook(
+        gated, target, granularity=("channels",), round_to=1, lr=None, penalty=1.0, frozen=0.4
+    )
+    chosen = hook.freeze()
+    assert chosen.cost.latency <= 0.8 * cost.total().latency
+    assert chosen.cost.params <= 0.7 * cost.params
+    used = budget(torch.from_numpy(chosen.keep).double())
+    assert used[1].item() == pytest.approx(chosen.cost.latency / cost.total().latency)
+    state = hook.state()
+    hook.load_state(state)
+    assert hook.own_cost == Cost(*state["own_cost"])
 
 
 class _Einsum(nn.Module):
