@@ -122,7 +122,7 @@ def methods() -> tuple[str, ...]:
 
 
 def providers(kind: type) -> list[str]:
-    """Return the registered passes whose ``run`` is annotated to return `kind`."""
+    """Return the registered passes whose ``run`` is annotated to return `kind`, and that do without one themselves."""
     found = []
     for name in names():
         try:
@@ -132,7 +132,8 @@ def providers(kind: type) -> list[str]:
         ):  # a broken third-party pass must not hide the error that is being written
             continue
         annotation = cls.run.__annotations__.get("return", "")
-        if kind.__name__ == annotation or annotation is kind:
+        is_provider = kind.__name__ == annotation or annotation is kind
+        if is_provider and kind not in cls.requires:
             found.append(name)
     return found
 

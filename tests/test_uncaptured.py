@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.cut import cut_program
+from graphprune.errors import UsageError
 from graphprune.groups import analyze
 from graphprune.labels.whole import NUMBERS
 from graphprune.program import Program, WholeModel
@@ -231,6 +232,13 @@ def test_a_detector_is_compiled(tmp_path: Path) -> None:
         for dim, indices in dims.items():
             kept = kept.index_select(int(dim), torch.tensor(indices))
         assert torch.equal(kept, state[name])
+
+
+def test_a_size_that_cannot_be_measured_is_refused(detector: Program) -> None:
+    with pytest.raises(
+        UsageError, match="runs whole, so that it cannot be exported; give a target of macs="
+    ):
+        gp.Pipeline.parse("dependency-groups,measure-costs{latency=false}").run(detector)
 
 
 def test_a_plan_is_replayed_on_a_detector(detector: Program) -> None:

@@ -19,6 +19,8 @@ from graphprune.labels.rules import rule
 from graphprune.labels.rules.elementwise import FIXED
 from graphprune.labels.trace import Call, Trace
 
+__all__: list[str] = []
+
 # -- renaming dimensions ------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from graphprune.labels.field import Field, Fields
 from graphprune.labels.rules import rule
 from graphprune.labels.trace import Call, Trace
 
+__all__: list[str] = []
+
 
 def _picked(trace: Trace, x: Tensor, dim: int, index: slice) -> Tensor:
     """Return a slice of `x` along `dim`."""

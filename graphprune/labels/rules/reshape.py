@@ -13,6 +13,8 @@ from graphprune.labels.field import Field, Fields
 from graphprune.labels.rules import rule
 from graphprune.labels.trace import Call, Trace
 
+__all__: list[str] = []
+
 
 def _reshaped(trace: Trace, fields: Fields, old: Sequence[int], new: Sequence[int]) -> Fields:
     """Return the fields of a tensor of shape `old` viewed as `new` (row-major)."""

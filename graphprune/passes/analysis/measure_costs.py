@@ -35,6 +35,11 @@ class MeasureCosts(Pass):
     def run(self, program: Program, context: Context) -> DependencyGroups:
         """Return the analysis with the measured costs added to its cost model."""
         groups = context.need(DependencyGroups)
+        if program.dialect == "module":
+            raise UsageError(
+                f"{self.name} measures an exported file, and {program.source} runs whole, so that it cannot be "
+                "exported; give a target of macs= or params="
+            )
         if self.latency and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
                 f"{self.name} times cuts in one process, found several, which would measure differently; "
