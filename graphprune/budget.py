@@ -210,6 +210,7 @@ def choose(
         raise TargetError(
             "the importance scores hold NaN or infinite values; check the weights and the data"
         )
+    target.limits(groups.cost.total())  # raises where a limited resource was not measured
     units = find_units(groups, scores, granularity=granularity)
     free = _free(groups, units, max_ratio)
     if round_to != "auto":

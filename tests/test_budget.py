@@ -78,7 +78,7 @@ class TestParse:
             ("macs=50%", "'50%' is not a number"),
             ("macs=0", "macs must be more than 0, not 0"),
             ("params=0.0", "params must be more than 0, not 0.0"),
-            ("size=3ms", "'3ms' is not a number such as 0.5 or 500KB; units are kb, mb"),
+            ("size=3ms", "'3ms' is not a number such as 0.5 or 500KB; units are b, kb, mb"),
             (
                 "latency=3",
                 "a latency of more than the dense program's; give a fraction, or a unit: 3ms",

@@ -102,13 +102,14 @@ class _Pixelwise(torch.autograd.Function):
         rows, pixels = _rows(x)
         count = x.numel() // channels
         mean = rows.mean(0).view(pixels, channels).mean(0)
-        out = rows - mean.repeat(pixels)
+        image = torch.empty_like(x)  # no view of anything: an activation may write into it
+        out = torch.sub(rows, mean.repeat(pixels), out=_rows(image)[0])
         var = out.square().sum(0).view(pixels, channels).sum(0) / count
         inverse = torch.rsqrt(var + eps)
         out.mul_((inverse * weight).repeat(pixels)).add_(bias.repeat(pixels))
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.mark_non_differentiable(mean, var)
-        return _image(out, x), mean, var
+        return image, mean, var
 
     @staticmethod
     @once_differentiable
@@ -125,9 +126,11 @@ class _Pixelwise(torch.autograd.Function):
         scale = weight * inverse
         slope = -scale * inverse * of_weight / count
         offset = -scale * of_bias / count - slope * mean
-        of_x = torch.addcmul(offset.repeat(pixels), rows, slope.repeat(pixels))
+        image = torch.empty_like(x)
+        of_x = _rows(image)[0]
+        torch.addcmul(offset.repeat(pixels), rows, slope.repeat(pixels), out=of_x)
         of_x.addcmul_(grads, scale.repeat(pixels))
-        return _image(of_x, x), of_weight, of_bias, None
+        return image, of_weight, of_bias, None
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -135,12 +138,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     batch, channels, height, width = x.shape
     total = batch * height * width
     pixels = gcd(_LANES // gcd(channels, _LANES), total)
-    return x.permute(0, 2, 3, 1).reshape(total // pixels, pixels * channels), pixels
-
-
-def _image(rows: Tensor, like: Tensor) -> Tensor:
-    batch, channels, height, width = like.shape
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return x.permute(0, 2, 3, 1).view(total // pixels, pixels * channels), pixels
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -85,6 +85,20 @@ def test_a_form_trains_with_it_in_both_dialects(
         torch.testing.assert_close(named[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_an_activation_may_write_into_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    uses = counted(monkeypatch)
+    layer = nn.BatchNorm2d(11)
+    twin = copy.deepcopy(layer)
+    x, other = (images(11).requires_grad_() for _ in range(2))
+    wanted = layer(x).relu()
+    found = ours.TrainedBatchNorm(twin, ours.batch_norm)(other).relu_()
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    assert uses
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other.grad, x.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_other_layouts_types_and_layers_go_to_torch() -> None:
     for x, layer in (
         (images(11).contiguous(), nn.BatchNorm2d(11)),

@@ -201,7 +201,8 @@ def test_a_network_without_gates_is_refused() -> None:
     ("options", "error", "message"),
     [
         ({"target": "macs=0.00001"}, TargetError, "cannot be reached"),
-        ({"target": "size=1"}, TargetError, "Expected macs=, params="),
+        ({"target": "flops=1"}, TargetError, "Expected macs=, params="),
+        ({"target": "latency=0.5"}, TargetError, "put the pass measure-costs after"),
         ({"granularity": "layers"}, UsageError, "granularity 'layers' is not known"),
         ({"round_to": "even"}, UsageError, "round_to: expected auto"),
         ({"shape": "square"}, UsageError, "expected shape to be one of one, triangle, .*'square'"),
