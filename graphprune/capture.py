@@ -26,13 +26,13 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._pytree import tree_leaves
 
 from graphprune import onnx_import
 from graphprune.calling import Calling, calling_of
 from graphprune.errors import AnalysisError, CaptureError, InputError, LoadError
 from graphprune.inputs import infer_inputs
 from graphprune.labels.propagate import BATCH, propagate
+from graphprune.labels.trace import tensor_infos
 from graphprune.load import ScriptedModel, is_onnx, load_model, load_weights
 from graphprune.lowering import copies, exported, sized, symbolic
 from graphprune.lowering.sized import may_vary, resize
@@ -408,7 +408,7 @@ def _dynamic_program(
         values = propagate(program, batch=batch).values
     except AnalysisError:
         return None
-    outputs = [info for info in tree_leaves(list(values.values())[-1]) if hasattr(info, "shape")]
+    outputs = tensor_infos(list(values.values())[-1])
     return program if all(info.shape[:1] == (batch,) for info in outputs) else None
 
 

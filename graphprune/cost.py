@@ -25,7 +25,16 @@ from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import Labels
 from graphprune.program import Program
 
-__all__ = ["RESOURCES", "Cost", "CostModel", "Keep", "NodeCost", "Products", "Resource"]
+__all__ = [
+    "RESOURCES",
+    "Cost",
+    "CostModel",
+    "Keep",
+    "NodeCost",
+    "Products",
+    "Resource",
+    "element_term",
+]
 
 Keep = NDArray[np.bool_]
 
@@ -142,7 +151,7 @@ class CostModel:
             num_channels: How many coupled channels there are.
         """
         parameters = dict(program.module.named_parameters())
-        terms = [_parameter_term(name, p, labels) for name, p in parameters.items()]
+        terms = [element_term(name, p, labels) for name, p in parameters.items()]
         return cls(
             num_channels=num_channels,
             nodes=tuple(t.node for t in labels.terms),
@@ -208,10 +217,11 @@ class CostModel:
         return [NodeCost(n, round(params.get(n, 0)), round(macs.get(n, 0))) for n in nodes]
 
 
-def _parameter_term(name: str, parameter: Tensor, labels: Labels) -> tuple[float, list[Atoms]]:
+def element_term(name: str, tensor: Tensor, labels: Labels) -> tuple[float, list[Atoms]]:
+    """Return the elements of a parameter or buffer as ``constant * product of counts``."""
     source = labels.sources.get(name)
     axes = dict(source.atoms) if source else {}
-    constant = math.prod(n for d, n in enumerate(parameter.shape) if d not in axes)
+    constant = math.prod(n for d, n in enumerate(tensor.shape) if d not in axes)
     return float(constant), list(axes.values())
 
 

@@ -9,7 +9,7 @@ that blocks (heads, convolution groups) go when their last member does, and take
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from graphprune.cost import CostModel, Keep
 from graphprune.labels.atoms import Atoms, AtomTable
 from graphprune.labels.propagate import propagate
-from graphprune.labels.trace import NO_RULE, Labels, TensorInfo
+from graphprune.labels.trace import NO_RULE, Labels, tensor_infos
 from graphprune.outcome import Kept
 from graphprune.pipeline import Facts
 from graphprune.program import Program
@@ -258,16 +258,6 @@ class DependencyGroups(Facts):
                 graph.add_node(str(place), kind="place", parameter=place.name, dim=place.dim)
                 graph.add_edge(node, str(place))
         return graph
-
-
-def tensor_infos(values: Sequence[object]) -> Iterator[TensorInfo]:
-    for value in values:
-        if isinstance(value, TensorInfo):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from tensor_infos(value)
-        elif isinstance(value, dict):
-            yield from tensor_infos(list(value.values()))
 
 
 def analyze(program: Program) -> DependencyGroups:

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from graphprune.budget import Target, choose
-from graphprune.cost import Cost, Keep, Products
+from graphprune.cost import Cost, Keep, Products, element_term
 from graphprune.cut import cut_program
 from graphprune.errors import AnalysisError, TargetError
-from graphprune.groups import DependencyGroups, tensor_infos
+from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
+from graphprune.labels.trace import tensor_infos
 from graphprune.onnx_export import export_onnx
 from graphprune.program import Program
 from graphprune.runtime import bench
@@ -81,10 +82,8 @@ def size_products(program: Program, groups: DependencyGroups, num_bytes: int) ->
     """
     terms: list[tuple[float, Sequence[Atoms]]] = []
     for name, tensor in program.named_tensors():
-        source = groups.labels.sources.get(name)
-        axes = dict(source.atoms) if source else {}
-        each = float(np.prod([n for d, n in enumerate(tensor.shape) if d not in axes]))
-        terms.append((tensor.element_size() * each, list(axes.values())))
+        constant, factors = element_term(name, tensor, groups.labels)
+        terms.append((tensor.element_size() * constant, factors))
     tensors = Products.of(terms, groups.channel_of)
     dense = float(tensors.values(groups.cost.everything()).sum())
     return Products.sum_of([(1.0, tensors)], num_bytes - dense)
@@ -171,7 +170,7 @@ def _features(groups: DependencyGroups) -> dict[str, Products]:
     elements: list[tuple[float, Sequence[Atoms]]] = []
     results: dict[str, float] = {}
     for node, value in labels.values.items():
-        for info in tensor_infos([value]):
+        for info in tensor_infos(value):
             number = float(np.prod(info.shape)) / batch
             results[node] = max(results.get(node, 0.0), number)
             atoms = [f.atoms for f in info.fields]

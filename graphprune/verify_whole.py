@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from graphprune.labels.trace import Consumer, ModuleCall, TensorInfo
+from graphprune.labels.trace import Consumer, ModuleCall, tensor_infos
 from graphprune.labels.whole import Stack, watched, without_fast_path
 from graphprune.program import Program, WholeModel
 from graphprune.verify import Differs, Masked, MaskMode, Promote, relative, restrict
@@ -164,7 +164,7 @@ class _Meeting:
         if not call.path:
             return  # the outputs, which are compared by name at the end
         name = f"module {call.key}"
-        infos = _infos(call.after)
+        infos = tensor_infos(call.after)  # in the order in which `_tensors` finds tensors
         olds, news = _tensors(old), _tensors(new)
         if len(olds) != len(news):
             raise Stumble(f"{name} returns {len(news)} tensors, expected {len(olds)}", site)
@@ -265,11 +265,6 @@ class _CutFrames(Promote):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _infos(value: Any) -> list[TensorInfo]:
-    """Return the descriptions of tensors, in the order in which `_tensors` finds tensors."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, TensorInfo)]
 
 
 def _outputs(old: Any, new: Any, tolerance: float, where: str = "output") -> float:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def _step(
     if has_torchs_norms:
         for child in form.modules():
             if isinstance(child, TrainedBatchNorm):
-                child.normalise = _torchs
+                child.normalise = partial(F.batch_norm, training=True)
     inputs = _inputs(program, setting)
     optimizer = torch.optim.SGD(form.parameters(), lr=1e-9, momentum=0.9, nesterov=True)
     with torch.no_grad():
@@ -161,19 +162,6 @@ def _step(
         optimizer.zero_grad()
 
     return step
-
-
-def _torchs(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
 
 
 def _look(program: Program, setting: Setting, *, looks: int = 0) -> Callable[[], None]:

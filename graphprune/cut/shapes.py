@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from graphprune.labels.field import Field, kept_extent
-from graphprune.labels.trace import Labels, TensorInfo
+from graphprune.labels.trace import Labels, TensorInfo, tensor_infos
 
 __all__ = ["Shapes"]
 
@@ -35,12 +35,11 @@ class Shapes:
     def touched(self, node: fx.Node) -> bool:
         """Whether a tensor that the node takes or produces shrinks."""
         names = (node.name, *(n.name for n in node.all_input_nodes))
-        infos = (leaf for name in names for leaf in _leaves(self.values.get(name)))
-        return any(self.changed(info) for info in infos)
+        return any(self.changed(i) for i in tensor_infos([self.values.get(n) for n in names]))
 
     def first(self, node: fx.Node) -> TensorInfo | None:
         """Return what is known of the first tensor that a node produced."""
-        return next(_leaves(self.values.get(node.name)), None)
+        return next(iter(tensor_infos(self.values.get(node.name))), None)
 
     def is_whole(self, field: Field) -> bool:
         """Whether everything that `field` labels stays."""
@@ -81,15 +80,3 @@ class Shapes:
     def sizes(self, infos: Sequence[TensorInfo], dim: int) -> list[int]:
         """Return the new size along `dim` of several tensors."""
         return [self.size(info, dim) for info in infos]
-
-
-def _leaves(value: Any) -> Iterator[TensorInfo]:
-    """Yield every tensor in what a node produced."""
-    if isinstance(value, TensorInfo):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)

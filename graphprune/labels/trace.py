@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from graphprune.labels.atoms import Atoms, AtomTable
 from graphprune.labels.field import Field, Fields, fix, settle
@@ -26,6 +26,7 @@ __all__ = [
     "Source",
     "TensorInfo",
     "Trace",
+    "tensor_infos",
 ]
 
 
@@ -39,6 +40,11 @@ class TensorInfo:
     def field_of(self, dim: int) -> Field | None:
         """Return the field that labels `dim`, if any."""
         return next((f for f in self.fields if dim in f.dims), None)
+
+
+def tensor_infos(value: object) -> list[TensorInfo]:
+    """Return what is known of every tensor in what one node, or several, produced."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, TensorInfo)]
 
 
 NO_RULE = "operator {} has no labelling rule"

@@ -21,6 +21,7 @@ source.py          tensors that the graph makes: zeros, full, arange, embedding 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,9 @@ def find_rule(func: Any) -> Rule | None:
         functional = _RULES.get(name.removesuffix("_"))
         found = None if functional is None else _in_place(functional)
     if found is None and torch.Tag.pointwise in func.tags and len(func._schema.returns) == 1:
-        found = elementwise.pointwise
+        from graphprune.labels.rules.elementwise import pointwise  # it registers itself here
+
+        found = pointwise
         found = _in_place(found) if name.endswith("_") else found
     _FOUND[func] = found
     return found
@@ -88,33 +91,18 @@ def _in_place(functional: Rule) -> Rule:
     return run
 
 
-from graphprune.labels.rules import (  # noqa: E402 - the families register themselves
-    contraction,
-    detection,
-    elementwise,
-    indexing,
-    movement,
-    normalization,
-    picking,
-    recurrent,
-    reduction,
-    reshape,
-    source,
-    spatial,
-)
-
-_FAMILIES = (
-    contraction,
-    detection,
-    elementwise,
-    indexing,
-    movement,
-    normalization,
-    picking,
-    recurrent,
-    reduction,
-    reshape,
-    source,
-    spatial,
-)
-assert all(_FAMILIES)
+for _family in (
+    "contraction",
+    "detection",
+    "elementwise",
+    "indexing",
+    "movement",
+    "normalization",
+    "picking",
+    "recurrent",
+    "reduction",
+    "reshape",
+    "source",
+    "spatial",
+):
+    importlib.import_module(f"{__name__}.{_family}")  # each registers itself
