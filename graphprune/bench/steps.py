@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from graphprune.budget import choose, parse_target
 from graphprune.cut import cut_program
 from graphprune.exported import flat_outputs
-from graphprune.gates.insertion import insert_gates
+from graphprune.gates.insertion import Gated, insert_gates
 from graphprune.gates.training import GateHook
 from graphprune.groups import analyze
 from graphprune.program import Program
 from graphprune.scores import Scores
 from graphprune.training.batch_norm import TrainedBatchNorm
-from graphprune.training.distill import MANY_LOOKS, Teacher
+from graphprune.training.compiled import MANY_STEPS, compiled
+from graphprune.training.distill import Teacher
 from graphprune.training.forms import training_form
 from graphprune.training.recipe import Moment
 from graphprune.training.task import classification
@@ -49,7 +50,7 @@ class Setting:
     round_to: int = 1
     """Its counts of channels are multiples of this."""
     is_compiled: bool = True
-    """Whether the compiled teacher is timed as well."""
+    """Whether compiled steps are timed as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,30 @@ def measure_steps(program: Program, setting: Setting) -> Steps:
 def _kinds(program: Program, setting: Setting) -> dict[str, Callable[[], None]]:
     groups = analyze(program)
     scores = Scores(values=groups.cost.saved("macs"), method="macs")
-    gated = insert_gates(program, groups, scores)
-    hook = GateHook(
+    gated, again = (insert_gates(program, groups, scores) for _ in range(2))
+    choice = choose(groups, scores.values, parse_target(setting.target), round_to=setting.round_to)
+    cut = cut_program(program, groups, choice.keep).program
+    kinds = {
+        "dense": _step(program.clone(), setting),
+        "dense, with gates": _step(gated.program, setting, hook=_hook(gated)),
+        "cut": _step(cut.clone(), setting),
+        "cut, torch's batch norms": _step(cut.clone(), setting, has_torchs_norms=True),
+        "teacher": _look(program, setting),
+    }
+    if setting.is_compiled:
+        kinds |= {
+            "dense, compiled": _step(program.clone(), setting, steps=MANY_STEPS),
+            "dense, with gates, compiled": _step(
+                again.program, setting, hook=_hook(again), steps=MANY_STEPS
+            ),
+            "cut, compiled": _step(cut.clone(), setting, steps=MANY_STEPS),
+            "teacher, compiled": _look(program, setting, steps=MANY_STEPS),
+        }
+    return kinds
+
+
+def _hook(gated: Gated) -> GateHook:
+    return GateHook(
         gated,
         parse_target("macs=0.5"),
         granularity=("channels",),
@@ -100,18 +123,6 @@ def _kinds(program: Program, setting: Setting) -> dict[str, Callable[[], None]]:
         penalty=1.0,
         frozen=0.4,
     )
-    choice = choose(groups, scores.values, parse_target(setting.target), round_to=setting.round_to)
-    cut = cut_program(program, groups, choice.keep).program
-    kinds = {
-        "dense": _step(program.clone(), setting),
-        "dense, with gates": _step(gated.program, setting, hook=hook),
-        "cut": _step(cut.clone(), setting),
-        "cut, torch's batch norms": _step(cut.clone(), setting, has_torchs_norms=True),
-        "teacher": _look(program, setting),
-    }
-    if setting.is_compiled:
-        kinds["teacher, compiled"] = _look(program, setting, looks=MANY_LOOKS)
-    return kinds
 
 
 def _timed(step: Callable[[], None], device: str) -> float:
@@ -128,6 +139,7 @@ def _step(
     *,
     hook: GateHook | None = None,
     has_torchs_norms: bool = False,
+    steps: int = 0,
 ) -> Callable[[], None]:
     device, layout = setting.device, _layout(program)
     module = program.module.to(device)
@@ -140,6 +152,7 @@ def _step(
     optimizer = torch.optim.SGD(form.parameters(), lr=1e-9, momentum=0.9, nesterov=True)
     with torch.no_grad():
         classes = flat_outputs(form(*inputs))[0].shape[-1]
+    form = compiled(form, device=torch.device(device), steps=steps)
     labels = torch.randint(0, classes, (setting.batch_size,), device=device)
     moment = Moment(epoch=0, step=0, steps_per_epoch=1000, epochs=10, module=module)
     if hook is not None:
@@ -164,14 +177,14 @@ def _step(
     return step
 
 
-def _look(program: Program, setting: Setting, *, looks: int = 0) -> Callable[[], None]:
+def _look(program: Program, setting: Setting, *, steps: int = 0) -> Callable[[], None]:
     teacher = Teacher(
         program,
         classification(),
         temperature=4.0,
         device=torch.device(setting.device),
         memory_format=_layout(program),
-        looks=looks,
+        steps=steps,
     )
     inputs = _inputs(program, setting)
 

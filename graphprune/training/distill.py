@@ -9,25 +9,21 @@ Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Net
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch import Tensor
 from torch.nn import functional as F
 
 from graphprune.errors import UsageError
 from graphprune.exported import flat_outputs
 from graphprune.program import Program
+from graphprune.training.compiled import compiled
 from graphprune.training.features import Tap, insert_taps, taps_distance
 from graphprune.training.task import Task
 
 __all__ = ["Teacher", "logit_distance"]
-
-MANY_LOOKS = 1000
-"""From here on, compiling the dense program for the CPU (half a minute) is worth it."""
 
 
 def logit_distance(outputs: Any, dense: Any, *, temperature: float) -> Tensor:
@@ -50,7 +46,7 @@ class Teacher:
         memory_format: torch.memory_format,
         compares_outputs: bool = True,
         stages: Mapping[str, int] | None = None,
-        looks: int = 0,
+        steps: int = 0,
     ) -> None:
         """Take a copy of `program` to `device`; the program itself stays where it is.
 
@@ -62,7 +58,7 @@ class Teacher:
             memory_format: As the student's.
             compares_outputs: Whether `distance` will be asked for, and not `feature_distance` alone.
             stages: Nodes whose tensors are compared, and the dimension of their channels.
-            looks: How many batches it will see in the whole run.
+            steps: How many batches it will see in the whole run.
 
         Raises:
             UsageError: The task has no way to compare two programs.
@@ -78,9 +74,9 @@ class Teacher:
         module.to(device).to(memory_format=memory_format)
         self.stages = stages or {}
         self.taps = insert_taps(module, self.stages)
-        # By the length of the whole run, so that one that goes on from a checkpoint computes the same.
-        is_compiled = device.type == "cpu" and looks >= MANY_LOOKS and not self.stages
-        self.module = _compiled(module) if is_compiled else module
+        if self.stages:  # taps keep what passes by; a compiled module passes less by
+            steps = 0
+        self.module = compiled(module, device=device, steps=steps, is_frozen=True)
 
     def look(self, inputs: tuple[Tensor, ...]) -> Any:
         """Return what the dense program says of `inputs`; its taps hold what it thinks on the way."""
@@ -96,28 +92,3 @@ class Teacher:
         if self.task.distill is not None:
             return self.task.distill(outputs, dense)
         return logit_distance(outputs, dense, temperature=self.temperature)
-
-
-def _compiled(module: nn.Module) -> nn.Module:
-    """Return `module` with convolutions, norms and activations fused, if there is a compiler for the CPU."""
-    has_compiler = any(shutil.which(name) for name in ("g++", "clang++"))
-    return _Compiled(module) if has_compiler else module
-
-
-class _Compiled(nn.Module):
-    """Calls a module compiled, or as it is once compiling has failed."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.run: Callable[..., Any] = torch.compile(
-            module, dynamic=False, options={"freezing": True}
-        )
-
-    def forward(self, *inputs: Tensor) -> Any:
-        """Call whichever works."""
-        try:
-            return self.run(*inputs)
-        except TorchDynamoException:
-            self.run = self.module
-            return self.run(*inputs)

@@ -30,10 +30,12 @@ from graphprune.training import randomness
 from graphprune.training.average import WeightAverage
 from graphprune.training.batches import Batches
 from graphprune.training.checkpoint import Checkpoint
+from graphprune.training.compiled import compiled
 from graphprune.training.distill import Teacher
 from graphprune.training.features import insert_taps, stages
 from graphprune.training.forms import training_form
 from graphprune.training.metrics import EVENTS, EventWriter
+from graphprune.training.mixup import Blend
 from graphprune.training.optim import build_optimizer, build_schedule
 from graphprune.training.placement import Placement
 from graphprune.training.processes import accelerated, resolve_precision
@@ -209,7 +211,9 @@ class _Run:
         form = training_form(self.program, synchronised=several)
         self.teacher = self._teacher()
         self.taps = insert_taps(form, self.teacher.stages if self.teacher is not None else {})
-        self.model, self.optimizer = self.accelerator.prepare(form, optimizer)
+        steps = 0 if several or self.taps else self.recipe.epochs * len(self.batches)
+        model = compiled(form, device=self.device, steps=steps)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.average = (
             WeightAverage(dict(self.program.named_tensors()), self.recipe.average)
             if self.recipe.average
@@ -232,7 +236,7 @@ class _Run:
             memory_format=self.placement.memory_format,
             compares_outputs=self.recipe.distill > 0,
             stages=stages(self.program, dense) if self.recipe.features else {},
-            looks=self.recipe.epochs * len(self.batches),
+            steps=self.recipe.epochs * len(self.batches),
         )
 
     def _options_of(self, name: str, parameter: Any) -> Mapping[str, Any] | None:
@@ -280,9 +284,15 @@ class _Run:
     def train(self, batch: Any) -> None:
         """Do one step."""
         inputs, target = self.placement.place(batch)
+        blend = self._blend()
+        if blend is not None:
+            inputs = blend.inputs(inputs)
         with self.accelerator.autocast():
             outputs = self.model(*inputs)
             loss = self.task.loss(outputs, target)
+            if blend is not None:
+                others = self.task.loss(outputs, blend.neighbours(target))
+                loss = blend.share * loss + (1.0 - blend.share) * others
             if self.teacher is not None:
                 loss = self._with_teacher(self.teacher, inputs, outputs, loss)
         objective = loss
@@ -302,6 +312,11 @@ class _Run:
         with torch.no_grad():
             metric = self.task.metric(pytree.tree_map(_detached, outputs), target)
             self.sums += torch.stack([objective.detach().double(), metric.double()])
+
+    def _blend(self) -> Blend | None:
+        if not self.recipe.mixup:
+            return None
+        return Blend.draw(self.recipe.mixup, self.trainer.seed, self.epoch, self.step)
 
     def _with_teacher(
         self, teacher: Teacher, inputs: tuple[Any, ...], outputs: Any, loss: torch.Tensor

@@ -45,6 +45,8 @@ class Recipe:
     """Decay of a moving average of the weights, which takes their place at the end; 0: no average."""
     augment: Augment = "auto"
     """How training images are varied; auto: crop-flip for small colour images, else none."""
+    mixup: float = 0.0
+    """Each image is blended with another, by a share from Beta(mixup, mixup); 0: images stay as they are."""
     precision: Precision = "auto"
     """What to compute in; auto: bfloat16 where the device is fast in it."""
     workers: int = 0
@@ -63,6 +65,7 @@ class Recipe:
             "batch_size": (1, math.inf),
             "weight_decay": (0, math.inf),
             "clip": (0, math.inf),
+            "mixup": (0, math.inf),
             "features": (0, math.inf),
             "distill": (0, 1),
             "average": (0, 1),

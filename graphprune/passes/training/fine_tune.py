@@ -64,6 +64,8 @@ class FineTune(Pass):
     """Largest norm of all gradients together; 0: no limit."""
     augment: Augment = "auto"
     """How training images are varied; auto: crop-flip for small colour images, else none."""
+    mixup: float = 0.0
+    """Each image is blended with another, by a share from Beta(mixup, mixup); 0: images stay as they are."""
     precision: Precision = "auto"
     """What to compute in; auto: bfloat16 where the device is fast in it."""
     task: str = ""
