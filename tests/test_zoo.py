@@ -37,6 +37,7 @@ from graphprune.zoo import (
     torchvision_models,
 )
 from graphprune.zoo import models as zoo_models
+from graphprune.zoo.peer import attempt
 from graphprune.zoo.row import _require_costs
 from graphprune.zoo.suite import _append, _Worker
 
@@ -355,6 +356,31 @@ def test_a_row_after_an_unfinished_line_is_whole(tmp_path: Path) -> None:
 def test_the_table() -> None:
     text = to_markdown([ROW, FAILED], command="tools/zoo --out docs/zoo.md", machine="a machine")
     assert text == GOLDEN
+
+
+def test_the_table_says_what_the_peer_did() -> None:
+    job = Job(peer=True)
+    rows = [
+        dataclasses.replace(ROW, job=job, peer="runs: 0.71"),
+        dataclasses.replace(FAILED, job=job, peer="fails: KeyError"),
+    ]
+    text = to_markdown(rows, command="tools/zoo --peer", machine="a machine")
+    assert "makes something that runs of 1 of 2;\nthen what is left" in text
+    assert "| result | Torch-Pruning |" in text
+    assert "| passed | runs: 0.71 |" in text
+    assert "| **failed** | fails: KeyError |" in text
+
+
+def test_torch_pruning_runs_or_fails() -> None:
+    pytest.importorskip("torch_pruning")
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        torch.rand(1, 3, 8, 8),
+    )
+    assert attempt(model, x, ratio=0.5, limit_s=60).startswith("fails: outputs")
+    kept = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 1000))
+    assert attempt(kept, x, ratio=0.5, limit_s=60) == "runs: 0.50"
+    assert attempt(nn.Sequential(nn.ReLU()), x, ratio=0.5, limit_s=60).startswith("fails")
 
 
 GOLDEN = """\

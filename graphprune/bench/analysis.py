@@ -12,28 +12,23 @@ import copy
 import dataclasses
 import gc
 import math
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 from graphprune import registry
 from graphprune.budget import Target, choose
 from graphprune.capture import capture
 from graphprune.cut import cut_program
-from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.pipeline import Context
 from graphprune.scores import Scores
 from graphprune.zoo.models import ZooModel
+from graphprune.zoo.peer import count_parameters, output_shapes, processor_time, torch_pruning
 
 __all__ = [
     "MODELS",
@@ -143,10 +138,10 @@ def compare(
     Raises:
         UsageError: Torch-Pruning is not installed.
     """
-    theirs = _torch_pruning(ratio)
+    theirs = torch_pruning(ratio)
     dense, example = model.build(), model.example()
     with torch.no_grad():
-        expected = _shapes(dense(example))
+        expected = output_shapes(dense(example))
     sides = [Side(), Side()]
     for _ in range(repeats):
         for index, run in enumerate((lambda m, x: _graphprune(m, x, ratio), theirs)):
@@ -155,7 +150,7 @@ def compare(
     return Comparison(
         model=model.name,
         input=model.input_text,
-        params=_count(dense),
+        params=count_parameters(dense),
         ours=sides[0],
         theirs=sides[1],
     )
@@ -176,21 +171,21 @@ def _timed(
     model = copy.deepcopy(dense)
     gc.collect()
     try:
-        with _limit(limit_s):
+        with processor_time(limit_s):
             started = time.perf_counter()
             cut = run(model, example)
             seconds = time.perf_counter() - started
         with torch.no_grad():
-            found = _shapes(cut(example))
+            found = output_shapes(cut(example))
     # Whatever either side raises is its result on this model.
     except Exception as error:
         text = " ".join(str(error).split())
         return Side(seconds=side.seconds, failure=f"{type(error).__name__}: {text}")
-    params = _count(cut)
+    params = count_parameters(cut)
     failure = None
     if found != expected:
         failure = f"the cut model gives shapes {found}, expected {expected}"
-    elif params >= _count(dense):
+    elif params >= count_parameters(dense):
         failure = "nothing was cut"
     return Side(seconds=(*side.seconds, seconds), params=params, failure=failure)
 
@@ -204,78 +199,6 @@ def _graphprune(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
     assert isinstance(scores, Scores)
     choice = choose(groups, scores.values, Target(ratio=ratio))
     return cut_program(program, groups, choice.keep).program.module
-
-
-def _torch_pruning(ratio: float) -> Run:
-    """Return the other side, set up as in its own example for torchvision."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise UsageError("the comparison needs Torch-Pruning: pip install -e '.[bench]'") from error
-
-    def run(model: nn.Module, example: Tensor) -> nn.Module:
-        pruner = torch_pruning.pruner.MagnitudePruner(
-            model,
-            example_inputs=example,
-            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=False,
-            pruning_ratio=ratio,
-            ignored_layers=_classifiers(model),
-            round_to=_heads(model),
-            # Its defaults are dicts that every pruner of the process shares.
-            in_channel_groups={},
-            out_channel_groups={},
-        )
-        pruner.step()
-        if isinstance(model, VisionTransformer):
-            model.hidden_dim = model.conv_proj.out_channels
-        return model
-
-    return run
-
-
-def _heads(model: nn.Module) -> int | None:
-    """Return of what widths must be a multiple: Torch-Pruning's users say so for a vision transformer."""
-    if not isinstance(model, VisionTransformer):
-        return None
-    heads: int = model.encoder.layers[0].num_heads
-    return heads
-
-
-def _classifiers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers whose outputs are the model's: as many channels as there are classes."""
-    classes = {1000, 400, 21}  # ImageNet, Kinetics, PASCAL VOC
-    return [
-        m
-        for m in model.modules()
-        if (isinstance(m, nn.Linear) and m.out_features in classes)
-        or (isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.out_channels in classes)
-    ]
-
-
-def _shapes(outputs: Any) -> list[tuple[int, ...]]:
-    values = outputs.values() if isinstance(outputs, dict) else [outputs]
-    return [tuple(v.shape) for v in values]
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-@contextmanager
-def _limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after `seconds` of processor time, which a busy machine does not use up."""
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"took longer than {seconds:g} s")
-
-    previous = signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, previous)
 
 
 def geometric_mean(values: Sequence[float]) -> float:

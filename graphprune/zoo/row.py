@@ -27,6 +27,7 @@ from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.textform import format_pass
 from graphprune.zoo.models import ZooModel
+from graphprune.zoo.peer import attempt
 
 __all__ = ["Job", "Row", "run_model"]
 
@@ -34,6 +35,10 @@ _CHECKS = ("captured", "surgery", "onnx")
 
 NEAREST = 0.99
 """A choice must come at least this near to the target from below."""
+PEER_RATIO = 0.3
+"""What Torch-Pruning removes of every group: about half the MACs."""
+PEER_S = 300.0
+"""Seconds of processor time that it gets."""
 CAPTURE_TOLERANCE = 1e-4
 """Capture may put operators into another order (attention does), which float32 shows as rounding."""
 
@@ -48,6 +53,8 @@ class Job:
     """How channels are scored."""
     export: bool = True
     """Whether to export to ONNX and compare in ONNX Runtime."""
+    peer: bool = False
+    """Whether to let Torch-Pruning try the model, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,8 @@ class Row:
     """The cut program against the masked one."""
     onnx: Check | None = None
     """ONNX Runtime against torch."""
+    peer: str = ""
+    """What Torch-Pruning makes of the model, where the job asks for it."""
     memory_gib: float | None = None
     """Peak memory of the process by the end of the row."""
     failure: str | None = None
@@ -116,6 +125,8 @@ def run_model(model: ZooModel, job: Job) -> Row:
     # A row says what went wrong, whatever it was: the next model is not to blame for it.
     except Exception as error:
         state.set(failure=_text(error))
+    if job.peer:
+        state.set(peer=attempt(model.build(), model.example(), ratio=PEER_RATIO, limit_s=PEER_S))
     scale = 2**30 if sys.platform == "darwin" else 2**20
     state.set(
         seconds={**state.row.seconds, "all": time.perf_counter() - started},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphprune.check import Check
-from graphprune.zoo.row import Row
+from graphprune.zoo.row import PEER_RATIO, Row
 
 __all__ = ["to_markdown"]
 
@@ -37,6 +37,8 @@ def to_markdown(rows: Sequence[Row], *, command: str, machine: str) -> str:
     """
     failed = [row for row in rows if not row.passed]
     parts = tuple(dict.fromkeys(part for row in rows for part in row.parts))
+    peers = [row.peer for row in rows if row.job.peer]
+    peer = ("Torch-Pruning",) if peers else ()
     lines = [
         "# Model zoo",
         "",
@@ -48,11 +50,13 @@ def to_markdown(rows: Sequence[Row], *, command: str, machine: str) -> str:
         "ONNX error: largest absolute difference between torch and ONNX Runtime over three batch sizes, held to a",
         "tolerance that follows the size of the outputs.",
         "",
-        "| " + " | ".join((*_HEADER, *parts)) + " |",
-        "|---" * 3 + "|--:" * 10 + "|---|" + "---|" * len(parts),
+        *_about_peers(peers),
+        "| " + " | ".join((*_HEADER, *parts, *peer)) + " |",
+        "|---" * 3 + "|--:" * 10 + "|---|" + "---|" * len((*parts, *peer)),
     ]
     for row in rows:
-        cells = (*_cells(row), *(row.parts.get(part, "") for part in parts))
+        others = [row.parts.get(part, "") for part in parts] + [row.peer] * len(peer)
+        cells = (*_cells(row), *others)
         lines.append("| " + " | ".join(cells) + " |")
     for row in failed:
         lines += [
@@ -64,6 +68,18 @@ def to_markdown(rows: Sequence[Row], *, command: str, machine: str) -> str:
             "```",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _about_peers(peers: Sequence[str]) -> list[str]:
+    if not peers:
+        return []
+    runs = sum(text.startswith("runs") for text in peers)
+    return [
+        f"Torch-Pruning, told to remove {PEER_RATIO:g} of every group, makes something that runs of {runs} of "
+        f"{len(peers)};",
+        "then what is left of the parameters is given. Whether that is exact is not checked.",
+        "",
+    ]
 
 
 def _cells(row: Row) -> list[str]:

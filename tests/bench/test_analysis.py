@@ -21,6 +21,7 @@ from graphprune.bench.analysis import (
 )
 from graphprune.errors import UsageError
 from graphprune.zoo import ZooModel, select, torchvision_models
+from graphprune.zoo.peer import processor_time
 
 TINY = ZooModel(
     name="squeezenet1_1", kind="classification", shape=(3, 64, 64), options={"num_classes": 10}
@@ -87,7 +88,7 @@ def test_the_failure_of_a_side_is_its_result(
     def ours(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.LazyLinear(10)).eval()
 
-    monkeypatch.setattr(bench_analysis, "_torch_pruning", lambda ratio: run)
+    monkeypatch.setattr(bench_analysis, "torch_pruning", lambda ratio: run)
     monkeypatch.setattr(bench_analysis, "_graphprune", ours)
     row = compare(TINY, repeats=3, limit_s=0.5)
     assert row.theirs.failure == failure
@@ -156,7 +157,7 @@ def _busy(seconds: float) -> None:
 
 def test_the_limit_ends_with_its_block() -> None:
     before = signal.getsignal(signal.SIGPROF)
-    with bench_analysis._limit(0.05):
+    with processor_time(0.05):
         pass
     assert signal.getsignal(signal.SIGPROF) is before
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
