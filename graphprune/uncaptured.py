@@ -3,13 +3,14 @@
 Such a model is a program of the dialect ``module``: it runs as it is, and is cut in place. Its own code may hold sizes
 as numbers (``x.view(n, 8, 32)``), and no graph shows them. So they are found by trial: a random cut is made and run
 beside the masked model, and where it fails or differs, whatever reaches that operator is pinned, until a trial
-passes. The cut that is made in the end is proven like every other.
+passes; where that is not enough, whatever reaches any operator of that module. The cut that is made in the end is
+proven like every other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from graphprune.calling import Calling
 from graphprune.cut import cut_program
 from graphprune.errors import AnalysisError, CaptureError, TargetError
 from graphprune.groups import analyze
+from graphprune.labels.whole import ALL_OPERATORS, OWN_OPERATORS
 from graphprune.lowering.copies import copy_structure
 from graphprune.program import Program, WholeModel
 from graphprune.verify import Differs, Masked
-from graphprune.verify_whole import Stumble, compare_whole
+from graphprune.verify_whole import Site, Stumble, compare_whole
 
 __all__ = ["capture_whole"]
 
@@ -69,16 +71,29 @@ def capture_whole(
         found = _stumble(program, seed=trial)
         if found is None:
             return program
-        if found.site in program.fixed:
+        site = next((s for s in _wider(found.site) if s not in program.fixed), None)
+        if site is None:
             raise CaptureError(
                 f"{source} cannot be captured as a graph, nor cut as it is: {found}\n  "
                 + "\n  ".join(reasons)
             )
-        program = dataclasses.replace(program, fixed=program.fixed | {found.site})
+        program = dataclasses.replace(program, fixed=program.fixed | {site})
     raise CaptureError(
         f"{source} cannot be captured as a graph, and holds sizes as numbers in more than {TRIALS} places:\n  "
         + "\n  ".join(reasons)
     )
+
+
+def _wider(site: Site) -> Iterator[Site]:
+    """Yield what to pin for a place, the least first: what is wrong there may come from anywhere around it."""
+    yield site
+    path = site[0]
+    while True:
+        yield path, OWN_OPERATORS, 0
+        yield path, ALL_OPERATORS, 0
+        if not path:
+            return
+        path = path.rpartition(".")[0]
 
 
 def _stumble(program: Program, *, seed: int) -> Stumble | None:

@@ -23,9 +23,10 @@ from graphprune.labels.whole import Stack, watched, without_fast_path
 from graphprune.program import Program, WholeModel
 from graphprune.verify import Differs, Masked, MaskMode, Promote, relative, restrict
 
-__all__ = ["Stumble", "compare_whole"]
+__all__ = ["Site", "Stumble", "compare_whole"]
 
 Site = tuple[str, str, int]
+"""A module, the name of an operator that it calls (empty: the module itself), and how many of that name come before."""
 
 
 class Stumble(Differs):
@@ -77,7 +78,10 @@ def compare_whole(
         thread.join()
     if masked.error is not None:
         raise Differs(f"the masked model does not run: {masked.error}") from masked.error
-    return max(meeting.worst, _outputs(masked.outputs, outputs, tolerance))
+    try:
+        return max(meeting.worst, _outputs(masked.outputs, outputs, tolerance))
+    except Differs as error:
+        raise Stumble(str(error), ("", "", 0), error.difference) from error
 
 
 def _run_masked(
@@ -155,7 +159,7 @@ class _Meeting:
                 )
             call = self.calls.get(key) or self.calls.get(path)
             if call is None:
-                raise Differs(f"module {path} ran in the proof, but not in the analysis")
+                raise Stumble(f"module {path} ran in the proof, but not in the analysis", site)
             self._compare(call, other[1], output, site)
         finally:
             self._queue.task_done()

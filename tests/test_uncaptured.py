@@ -17,7 +17,7 @@ import graphprune as gp
 from graphprune.cut import cut_program
 from graphprune.errors import UsageError
 from graphprune.groups import analyze
-from graphprune.labels.whole import NUMBERS
+from graphprune.labels.whole import NUMBERS, OWN_OPERATORS
 from graphprune.program import Program, WholeModel
 from graphprune.runtime import open_session
 from graphprune.verify import Masked, verify_surgery
@@ -108,6 +108,22 @@ class Norms(nn.Module):
         return out
 
 
+class Peaks(nn.Module):
+    """Where each map is largest, looked for where there is less in them than there was on the example inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1))
+        self.much = math.inf
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.maps(x)
+        peaks = torch.zeros(len(maps), maps.shape[1], dtype=x.dtype)
+        for i in range(len(maps) if float(maps.sum()) < self.much else 0):
+            peaks[i, :] = maps[i].flatten(1).argmax(1).to(x.dtype)
+        return peaks
+
+
 def whole(model: nn.Module) -> Program:
     torch.manual_seed(0)
     randomize(model)
@@ -147,6 +163,20 @@ def test_a_size_as_a_number_is_found_by_trial_and_pinned(part: type[nn.Module]) 
     assert any(r is not None and NUMBERS in r for r in reasons)
     smaller: Any = cut_and_prove(program)
     assert smaller.parts[1].down.out_features < 5
+
+
+def test_a_branch_that_the_example_inputs_do_not_take_is_found_by_trial() -> None:
+    model: Any = Peaks()
+    x = torch.randn(2, 3, 6, 7)
+    randomize(model)
+    with torch.no_grad():
+        model.maps[2].weight.abs_()  # the less channels, the less there is in the maps
+        model.much = 0.99 * float(model.maps(x).sum())
+    program = gp.capture(model.eval(), x)
+    assert ("", OWN_OPERATORS, 0) in program.fixed
+    smaller: Any = cut_and_prove(program)
+    assert smaller.maps[2].out_channels == 6
+    assert smaller.maps[2].in_channels < 8
 
 
 def test_attention_stays_and_what_is_around_it_goes() -> None:

@@ -30,9 +30,16 @@ from graphprune.labels.rules import find_rule
 from graphprune.labels.trace import NO_RULE, Call, ModuleCall, Trace
 from graphprune.program import Program, WholeModel
 
-__all__ = ["NUMBERS", "Frames", "run_whole", "watched"]
+__all__ = ["ALL_OPERATORS", "NUMBERS", "OWN_OPERATORS", "Frames", "run_whole", "watched"]
 
 NUMBERS = "the model's own code holds a size here as a number, which no cut can change"
+
+
+SOMEWHERE = "a trial cut failed in this module, where the analysis cannot follow it"
+OWN_OPERATORS = "*"
+"""In place of an operator's name in `Program.fixed`: all that a module's own ``forward`` calls."""
+ALL_OPERATORS = "**"
+"""The same, and all that the modules inside call."""
 
 
 class Frames(Protocol):
@@ -227,6 +234,8 @@ class _TwinMode(TorchDispatchMode):
         call = Call(func, given[0], given[1], occurrence)
         if (self.stack.path, name, occurrence) in self.fixed:
             self._freeze(call, NUMBERS)
+        elif self._is_around_a_failure():
+            self._freeze(call, SOMEWHERE)
         result = func(*args, **kwargs)
         if rule is None:
             self._without_rule(call, name, result)
@@ -244,6 +253,11 @@ class _TwinMode(TorchDispatchMode):
             )
             self._attach_plain(result)
         return result
+
+    def _is_around_a_failure(self) -> bool:
+        if (self.stack.path, OWN_OPERATORS, 0) in self.fixed:
+            return True
+        return any((path, ALL_OPERATORS, 0) in self.fixed for path, *_ in self.stack.frames)
 
     def _is_labelled(self, tensor: Tensor) -> bool:
         return tensor in self.twins or self.trace.source(tensor) is not None
