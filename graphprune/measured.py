@@ -1,7 +1,8 @@
 """Measured costs: bytes of the exported file, and milliseconds in ONNX Runtime, as functions of the channels that stay.
 
-Bytes are exact but for the description of the graph, whose length is measured once. Milliseconds are a model: a
-few cuts of the program are exported and timed where it will run, and
+Both are models, and a choice is exported and measured before it is accepted (`land`). Bytes are those of the tensors,
+and a rest that no cut changes; the exporter may fold some tensors into others. For milliseconds, a few cuts of the program
+are exported and timed where it will run, and
 
     latency(kept) = a x MACs of dense contractions + b x MACs of thin ones + c x elements of all tensors + d
 
@@ -12,8 +13,10 @@ counts, as MACs are, so what chooses channels by MACs chooses by milliseconds.
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -23,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from graphprune.budget import Target, choose
-from graphprune.cost import Cost, Keep, Products, element_term
+from graphprune.cost import Cost, Keep, Products, Resource, element_term
 from graphprune.cut import cut_program
 from graphprune.errors import AnalysisError, TargetError
 from graphprune.groups import DependencyGroups
@@ -34,7 +37,7 @@ from graphprune.program import Program
 from graphprune.runtime import bench
 from graphprune.units import Units, find_units
 
-__all__ = ["Fit", "fit_latency", "land", "probes", "size_products", "time_cuts"]
+__all__ = ["Cuts", "Fit", "exported_cuts", "fit_latency", "land", "probes", "size_products"]
 
 THIN = 64
 """A result of so many multiplications, or fewer, costs the memory that it touches."""
@@ -44,8 +47,8 @@ SECONDS = 12.0
 """How long all of them are timed together."""
 ROUNDS = 5
 """How many choices are timed at most before one is settled on."""
-NEAR = 0.03
-"""A choice is good enough this far below the limit, as a fraction of the dense latency."""
+NEAR: Mapping[Resource, float] = {"size": 0.005, "latency": 0.03}
+"""A choice is good enough this far below a limit, as a fraction of what the dense program has."""
 
 
 class _HasKeep(Protocol):
@@ -113,28 +116,45 @@ def _slanted(
     return slanted
 
 
-def time_cuts(
-    program: Program,
-    groups: DependencyGroups,
-    choices: Sequence[Keep],
-    *,
-    device: str,
-    seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Export the cuts of some choices, and time them in turns; return milliseconds for one sample.
+class Cuts:
+    """The files of cuts of a program, each exported once."""
 
-    Raises:
-        ExportError: The program cannot be exported.
-    """
-    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-        paths = []
-        for number, keep in enumerate(choices):
-            cut = program if keep.all() else cut_program(program, groups, keep).program
-            paths.append(export_onnx(cut, Path(folder) / f"{number}.onnx").path)
-            advance()
-        inputs = program.batch(1, seed=seed)
+    def __init__(self, program: Program, groups: DependencyGroups, folder: Path) -> None:
+        self.program = program
+        self.groups = groups
+        self.folder = folder
+        self._paths: dict[bytes, Path] = {}
+
+    def path(self, keep: Keep) -> Path:
+        """Return the file of the cut that keeps these channels.
+
+        Raises:
+            ExportError: The program cannot be exported.
+        """
+        key = keep.tobytes()
+        if key not in self._paths:
+            is_dense = bool(keep.all())
+            cut = self.program if is_dense else cut_program(self.program, self.groups, keep).program
+            target = self.folder / f"{len(self._paths)}.onnx"
+            self._paths[key] = export_onnx(cut, target).path
+        return self._paths[key]
+
+    def num_bytes(self, keep: Keep) -> int:
+        """Return the size of the file."""
+        return self.path(keep).stat().st_size
+
+    def milliseconds(self, choices: Sequence[Keep], *, device: str, seed: int = 0) -> list[float]:
+        """Return how long each takes for one sample, timed in turns."""
+        inputs = self.program.batch(1, seed=seed)
+        paths = [self.path(keep) for keep in choices]
         return [found.median_ms for found in bench(paths, inputs, device=device, budget_s=SECONDS)]
+
+
+@contextmanager
+def exported_cuts(program: Program, groups: DependencyGroups) -> Iterator[Cuts]:
+    """Yield `Cuts` whose files are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        yield Cuts(program, groups, Path(folder))
 
 
 def fit_latency(
@@ -197,10 +217,11 @@ def land(
     device: str,
     seed: int = 0,
 ) -> C:
-    """Return a choice that meets its target when it is timed; only a limit on latency has to be.
+    """Return a choice that meets its limits on size and latency when it is exported and timed.
 
-    Each choice is cut, exported and timed beside the dense program; what the model of latency was wrong by corrects
-    it, and the next choice is made with the corrected one, until the measured latency is at the limit or just below.
+    Each choice is cut, exported and timed beside the dense program; what the model of a resource was wrong by corrects
+    it, and the next choice is made with the corrected one, until what is measured is at the limit or just below, or
+    nothing changes any more.
 
     Args:
         program: The dense program.
@@ -211,44 +232,88 @@ def land(
         seed: Seed of the inputs.
 
     Raises:
-        TargetError: No choice that was timed is fast enough; the message says what was measured.
+        TargetError: No choice that was measured meets the limits; the message says what was measured.
     """
     choice = decide(groups)
-    if target.latency is None:
+    if not target.needs_measuring:
         return choice
-    dense = groups.cost.total().latency
     best: tuple[float, C] | None = None
-    seen: list[float] = []
-    for _ in range(ROUNDS):
-        before, after = time_cuts(
-            program, groups, [groups.cost.everything(), choice.keep], device=device, seed=seed
-        )
-        share, limit = after / before, target.limits(Cost(0, 0, latency=before)).latency / before
-        seen.append(share)
-        if share <= limit and (best is None or share > best[0]):
-            best = share, choice
-        if limit - NEAR <= share <= limit:
-            break
-        predicted = groups.cost.total(choice.keep).latency / dense
-        groups = _corrected(groups, (1 - share) / max(1e-6, 1 - predicted))
-        try:
-            choice = decide(groups)
-        except TargetError:
-            break
+    seen: list[Mapping[Resource, _Share]] = []
+    with exported_cuts(program, groups) as cuts:
+        for _ in range(ROUNDS):
+            shares = _shares(cuts, choice.keep, target, device=device, seed=seed)
+            seen.append(shares)
+            reached = max(share.found / share.limit for share in shares.values())
+            if reached <= 1 and (best is None or reached > best[0]):
+                best = reached, choice
+            if reached <= 1 and any(s.found >= s.limit - NEAR[r] for r, s in shares.items()):
+                break
+            for resource, share in shares.items():
+                groups = _corrected(groups, resource, choice.keep, share.found)
+            previous = choice.keep
+            try:
+                choice = decide(groups)
+            except TargetError:
+                break
+            if np.array_equal(previous, choice.keep):
+                break
     if best is None:
-        raise TargetError(
-            f"target latency={target.latency:g} was not reached: cuts were timed at "
-            f"{', '.join(f'{share:.3f}' for share in seen)} of the dense program's {dense:.3f} ms. "
-            "What the runtime does per call, and channels that do not fill its vectors, do not shrink; "
-            f"give a target of at least latency={min(seen):.2f}, or macs="
-        )
+        raise TargetError(_not_reached(target, groups.cost.total(), seen))
     return best[1]
 
 
-def _corrected(groups: DependencyGroups, factor: float) -> DependencyGroups:
-    """Return the analysis with `factor` times the latency that its model says is saved."""
+@dataclass(frozen=True)
+class _Share:
+    """What was measured of a cut, and what it may be, as fractions of the dense program's."""
+
+    found: float
+    limit: float
+
+
+def _shares(
+    cuts: Cuts, keep: Keep, target: Target, *, device: str, seed: int
+) -> dict[Resource, _Share]:
+    everything = cuts.groups.cost.everything()
+    shares: dict[Resource, _Share] = {}
+    if target.size is not None:
+        before, after = (cuts.num_bytes(choice) for choice in (everything, keep))
+        limit = target.limits(cuts.groups.cost.total()).size
+        shares["size"] = _Share(after / before, limit / before)
+    if target.latency is not None:
+        first, second = cuts.milliseconds([everything, keep], device=device, seed=seed)
+        dense = replace(cuts.groups.cost.total(), latency=first)
+        shares["latency"] = _Share(second / first, target.limits(dense).latency / first)
+    return shares
+
+
+def _corrected(
+    groups: DependencyGroups, resource: Resource, keep: Keep, found: float
+) -> DependencyGroups:
+    """Return the analysis with a model of `resource` that says of this choice what was found."""
     cost = groups.cost
-    factor = max(factor, 0.05)
-    constant = (1 - factor) * cost.total().latency
-    scaled = Products.sum_of([(factor, cost.products("latency"))], constant)
-    return replace(groups, cost=cost.with_measured("latency", scaled))
+    dense, predicted = (getattr(total, resource) for total in (cost.total(), cost.total(keep)))
+    factor = max(0.05, (1 - found) / max(1e-6, 1 - predicted / dense))
+    scaled = Products.sum_of([(factor, cost.products(resource))], (1 - factor) * dense)
+    return replace(groups, cost=cost.with_measured(resource, scaled))
+
+
+def _not_reached(target: Target, dense: Cost, seen: Sequence[Mapping[Resource, _Share]]) -> str:
+    """Say what was measured, and why it cannot be less."""
+    units = {"size": f"{dense.size:,} bytes", "latency": f"{dense.latency:.3f} ms"}
+    reasons = {
+        "size": "The description of the graph, and what cannot go, do not shrink",
+        "latency": "What the runtime does per call, and channels that do not fill its vectors, do not shrink",
+    }
+    lines = []
+    for resource in seen[0]:
+        found = [shares[resource].found for shares in seen]
+        if min(found) > seen[0][resource].limit:
+            listed = ", ".join(f"{share:.3f}" for share in found)
+            lines.append(
+                f"target {resource}={getattr(target, resource):g} was not reached: cuts were measured at {listed} of "
+                f"the dense program's {units[resource]}. {reasons[resource]}; give a target of at least "
+                f"{resource}={math.ceil(100 * min(found)) / 100:.2f}, or macs="
+            )
+    return (
+        "; ".join(lines) or f"no cut that was measured meets the limits {target.resources} together"
+    )

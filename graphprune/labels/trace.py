@@ -96,7 +96,8 @@ class Source:
     shape: tuple[int, ...]
     table: AtomTable
     atoms: dict[int, Atoms] = field(default_factory=dict)
-    frozen: tuple[str, str] | None = None
+    held: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Dimensions that keep their size, those included that nothing has asked for yet: why, and at which node."""
 
     def axis(self, dim: int) -> Atoms | None:
         """Return the atoms along `dim`, which exist from the first call on; None for a size of one."""
@@ -104,8 +105,8 @@ class Source:
             return None
         if dim not in self.atoms:
             self.atoms[dim] = self.table.fresh(self.shape[dim])
-            if self.frozen:
-                self.table.pin(self.atoms[dim], *self.frozen)
+            if dim in self.held:
+                self.table.pin(self.atoms[dim], *self.held[dim])
         return self.atoms[dim]
 
     def fields(self) -> Fields:
@@ -113,11 +114,12 @@ class Source:
         axes = ((dim, self.axis(dim)) for dim in range(len(self.shape)))
         return tuple(Field((dim,), atoms) for dim, atoms in axes if atoms is not None)
 
-    def freeze(self, why: str, node: str) -> None:
-        """Pin every dimension, those included that nothing has asked for yet."""
-        for atoms in self.atoms.values():
-            self.table.pin(atoms, why, node)
-        self.frozen = (why, node)
+    def hold(self, dims: Iterable[int], why: str, node: str) -> None:
+        """Pin dimensions, those included that nothing has asked for yet."""
+        for dim in dims:
+            if dim in self.atoms:
+                self.table.pin(self.atoms[dim], why, node)
+            self.held[dim] = (why, node)
 
 
 @dataclass(frozen=True)
@@ -261,11 +263,13 @@ class Trace:
     def plain(self, tensor: Tensor, dims: Iterable[int], why: str) -> Tensor:
         """Return `tensor` as one that is labelled along each of `dims` on its own, and nowhere else.
 
-        A parameter is so already; what the graph computes from parameters may not be.
+        A parameter is so already, but for dimensions that other operators label; what the graph computes from
+        parameters may not be.
         """
-        if id(tensor) in self._sources:
-            return tensor
         wanted = set(dims)
+        if source := self._sources.get(id(tensor)):
+            source.hold((d for d in range(tensor.dim()) if d not in wanted), why, self.node)
+            return tensor
         found: dict[int, Atoms] = {}
         for one in self._fields.get(id(tensor), ()):
             inside = [d for d in one.dims if d in wanted]
@@ -280,7 +284,7 @@ class Trace:
     def freeze(self, tensor: Tensor, why: str) -> None:
         """Pin everything that `tensor` carries."""
         if source := self._sources.get(id(tensor)):
-            source.freeze(why, self.node)
+            source.hold(range(len(source.shape)), why, self.node)
             return
         for one in self._fields.get(id(tensor), ()):
             self.pin(one.atoms, why)

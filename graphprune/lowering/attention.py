@@ -39,7 +39,7 @@ def attention_forward(
     """Compute ``attention(query, key, value, ...)`` of evaluation mode by traceable operations.
 
     Args:
-        attention: A module for which `can_lower` holds.
+        attention: The module, with extra rows of keys and values or without.
         query: Target sequence, three-dimensional.
         key: Source sequence.
         value: Source sequence.
@@ -62,10 +62,18 @@ def attention_forward(
     batch, target = query.size(0), query.size(1)
     source = target if is_self else key.size(1)
     q, k, v = _project(attention, query, key, value, is_self=is_self)
+    mask = _merge_masks(attn_mask, key_padding_mask, attention, batch, target, source)
+    if attention.bias_k is not None and attention.bias_v is not None:
+        k = torch.cat([k, attention.bias_k.expand(batch, -1, -1)], dim=1)
+        v = torch.cat([v, attention.bias_v.expand(batch, -1, -1)], dim=1)
+    if attention.add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    if extra := int(attention.bias_k is not None) + int(attention.add_zero_attn):
+        source = source + extra
+        mask = None if mask is None else F.pad(mask, (0, extra))
     q = q.view(batch, target, heads, head_dim).transpose(1, 2)
     k = k.view(batch, source, heads, head_dim).transpose(1, 2)
     v = v.view(batch, source, heads, head_dim).transpose(1, 2)
-    mask = _merge_masks(attn_mask, key_padding_mask, attention, batch, target, source)
     scale = float(head_dim**-0.5)
     weights: Tensor | None = None
     if need_weights:
@@ -169,12 +177,8 @@ LOWERINGS: dict[type[nn.Module], Callable[..., Any]] = {
 
 
 def can_lower(module: nn.Module) -> bool:
-    """Say whether `module` has a traceable form here; one with extra key and value rows has none."""
-    if type(module) not in LOWERINGS:
-        return False
-    if isinstance(module, nn.MultiheadAttention):
-        return module.bias_k is None and module.bias_v is None and not module.add_zero_attn
-    return True
+    """Say whether `module` has a traceable form here."""
+    return type(module) in LOWERINGS
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute, Proxy, TraceError
 
 from graphprune.lowering.copies import meta_copy, meta_tensor
+from graphprune.lowering.in_place import InPlaceProxy
 from graphprune.lowering.symbolic import ShapesOnly, SymbolicTracer, run_tracer
 
 __all__ = ["may_vary", "resize", "trace"]
@@ -71,7 +72,7 @@ def _unwrapped_functions() -> Iterator[None]:
         registry.update(hidden)
 
 
-class _SizedProxy(Proxy):
+class _SizedProxy(InPlaceProxy):
     """A graph value whose shape, type and length are known where they do not depend on the batch."""
 
     tracer: _SizedTracer

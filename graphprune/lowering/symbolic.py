@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphprune.lowering.attention import LOWERINGS, can_lower
 from graphprune.lowering.copies import copy_structure
+from graphprune.lowering.in_place import InPlaceProxy, settle_in_place
 
 __all__ = [
     "OpaqueFunctionError",
@@ -45,6 +46,10 @@ class SymbolicTracer(fx.Tracer):
     def __init__(self, *, num_inputs: int) -> None:
         super().__init__()
         self.num_inputs = num_inputs
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a value that notes when it is changed in place."""
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether the graph calls `m` instead of showing what it does."""
@@ -138,6 +143,7 @@ def _clean(graph: fx.Graph, root: nn.Module) -> None:
             graph.erase_node(node)
         elif owner.split(".")[0] not in _TRANSPARENT or name in _COMPOSITE:
             raise OpaqueFunctionError(f"node {node.name} calls the Python function {name}")
+    settle_in_place(graph, root)
     erase_dead(graph, root)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import capture
-from graphprune.lowering.attention import attention_forward, can_lower, lowered_attention
+from graphprune.lowering.attention import attention_forward, lowered_attention
 
 TOLERANCE = 1e-6
 
@@ -70,9 +70,31 @@ def test_masks_are_equal(need_weights: bool, is_bool: bool, rank: int) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_extra_rows_are_left_alone(options: dict[str, bool]) -> None:
-    assert not can_lower(nn.MultiheadAttention(12, 3, **options))
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}],
+)
+def test_extra_rows_of_keys_and_values(
+    options: dict[str, bool], batch_first: bool, need_weights: bool
+) -> None:
+    attention = nn.MultiheadAttention(12, 3, batch_first=batch_first, **options).eval()
+    x = torch.randn(2, 5, 12)
+    mask = torch.triu(torch.ones(5, 5).bool(), 1)
+    given = x if batch_first else x.transpose(0, 1)
+    masks = {
+        "attn_mask": mask,
+        "key_padding_mask": torch.arange(5)[None] > torch.tensor([[3], [4]]),
+    }
+    for one in ({}, masks):
+        arguments: dict[str, Any] = {"need_weights": need_weights, **one}
+        found = attention_forward(attention, given, given, given, **arguments)
+        expected = attention(given, given, given, **arguments)
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                _assert_equal(a, b)
 
 
 def test_classes_get_their_forward_back() -> None:
@@ -117,7 +139,7 @@ def test_mask_buffer_of_a_module() -> None:
     _assert_equal(program.module(x), model(x))
 
 
-def test_opaque_attention_is_captured_too() -> None:
+def test_attention_with_extra_rows_is_captured_too() -> None:
     model = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval()
     model.self_attn = nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True).eval()
     program = capture(model, torch.randn(2, 5, 12))

@@ -290,3 +290,84 @@ def convolution_and_batch_norm_fused_branches() -> Net:
         n3=nn.BatchNorm2d(6),
         z=conv(6, 4),
     )
+
+
+# -- kernels that are read as numbers, too ----------------------------------------------------------------------------
+
+
+@pattern("a c a.weight c.weight[1]")
+def central_difference_convolution() -> Net:
+    """Yu et al. 2020: a convolution minus a share of what its summed kernel gives."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        summed = m.c.weight.sum(2).sum(2)[:, :, None, None]
+        return m.z(m.c(y) - 0.7 * F.conv2d(y, summed))
+
+    return Net(run, a=conv(3, 8), c=conv(8, 10, 3, bias=False), z=conv(10, 4))
+
+
+@pattern("a c", zeros=False)
+def outputs_divided_by_the_length_of_their_kernels() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        lengths = m.c.weight.pow(2).sum((2, 3)).sqrt().sum(1)
+        return m.z(m.c(m.a(x)) / (lengths[:, None, None] + 0.1))
+
+    return Net(run, a=conv(3, 8), c=conv(8, 10, 3), z=conv(10, 4))
+
+
+@pattern("a s w w[1]")
+def demodulated_by_its_scales() -> Net:
+    """StyleGAN2, with the scales at the activations in place of the kernel."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        scales = m.s(x.mean((2, 3)))
+        y = F.conv2d(m.a(x) * scales[:, :, None, None], m.w, padding=1)
+        squares = m.w.square().sum((2, 3))[None] * scales.square()[:, None]
+        return m.z(y * torch.rsqrt(squares.sum(2) + 1e-8)[:, :, None, None])
+
+    return Net(run, a=conv(3, 8), s=lin(3, 8), w=rand(10, 8, 3, 3), z=conv(10, 4))
+
+
+@pattern("a w[1]")
+def transposed_kernel_that_is_summed() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        y = F.conv_transpose1d(m.a(x), m.w, stride=2)
+        return m.z(y * m.w.abs().sum((0, 2))[:, None])
+
+    return Net(run, shape=(3, 8), a=nn.Conv1d(3, 8, 1), w=rand(8, 10, 2), z=nn.Conv1d(10, 4, 1))
+
+
+@pattern("w[1] z[1]", kept="a", why="meets a dimension whose size cannot change")
+def kernels_mixed_for_each_sample() -> Net:
+    """Dynamic convolution, the samples as groups of one image."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        b, c, h, w = y.shape
+        attention = m.f(y.mean((2, 3))).softmax(-1)
+        kernels = (attention @ m.w.view(3, -1)).view(b * 10, c, 3, 3)
+        out = F.conv2d(y.reshape(1, b * c, h, w), kernels, padding=1, groups=b)
+        return m.z(out.view(b, 10, h, w).relu())
+
+    return Net(run, a=conv(3, 8), f=lin(8, 3), w=rand(3, 10, 8, 3, 3), z=conv(10, 4))
+
+
+@pattern("a p d")
+def signs_of_activations() -> Net:
+    """Binary activations: one of two numbers, by a comparison."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        signs = torch.where(m.p(m.a(x).relu()) > 0, 1.0, -1.0)
+        return m.z(m.d(signs).relu())
+
+    return Net(run, a=conv(3, 8), p=conv(8, 6), d=conv(6, 10), z=conv(10, 4))
+
+
+@pattern("a p")
+def a_mask_times_a_number() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        return m.z((m.p(y) > 0) * 0.5)
+
+    return Net(run, a=conv(3, 8), p=conv(8, 6), z=conv(6, 4))

@@ -295,3 +295,15 @@ def selective_scan() -> Net:
         o=lin(6, 7),
         z=lin(7, 3),
     )
+
+
+@pattern("a m.in_proj_weight")
+def attention_with_rows_of_its_own() -> Net:
+    """Learned and empty keys beside those of the sequence."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        q = m.a(x)
+        return m.z(q + m.m(q, q, q, need_weights=False)[0])
+
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+    return Net(run, shape=(6, 5), a=lin(5, 8), m=attention, z=lin(8, 4))

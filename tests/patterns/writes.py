@@ -50,6 +50,77 @@ def accumulated_in_place() -> Net:
 
 
 @pattern("a b")
+def added_to_a_tensor_that_a_list_holds() -> Net:
+    """The list sees the sum: ``+=`` is no new tensor."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        features = [y]
+        y += m.b(y)
+        return m.z(torch.cat([y, features[0]], 1).relu())
+
+    return Net(run, a=conv(3, 8), b=conv(8, 8, 3), z=conv(16, 4))
+
+
+@pattern("a")
+def states_collected_of_one_tensor() -> Net:
+    """Every entry of the list is the last state."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        states = []
+        for layer in m.layers:
+            y += layer(y).relu()
+            states.append(y)
+        return m.z(torch.cat(states, 1))
+
+    layers = nn.ModuleList([conv(8, 8), conv(8, 8)])
+    return Net(run, a=conv(3, 8), layers=layers, z=conv(16, 4))
+
+
+@pattern("a")
+def a_part_multiplied_in_place() -> Net:
+    """A gate that writes into one half of what the other half came from."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x) + 0
+        u, v = y.chunk(2, 1)
+        u *= v.sigmoid()
+        return m.z(y)
+
+    return Net(run, a=conv(3, 12), z=conv(12, 4))
+
+
+@pattern("a b")
+def a_shortcut_taken_before_it_changes() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        out = m.b(y)
+        out += y
+        shortcut = out
+        out += m.c(out)
+        out *= 0.5
+        return m.z(out.relu() + shortcut)
+
+    return Net(run, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), z=conv(8, 4))
+
+
+@pattern("a")
+def sizes_counted_in_place() -> Net:
+    """Numbers have no memory to share: the old height stays what it was."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        height = y.shape[2]
+        old = height
+        height += 2
+        height -= 1
+        return m.z(F.pad(y, (0, 0, 0, height - old)))
+
+    return Net(run, a=conv(3, 8), z=conv(8, 4))
+
+
+@pattern("a b")
 def tokens_put_where_a_mask_is() -> Net:
     """Masked autoencoders: a learned token where nothing is known."""
 

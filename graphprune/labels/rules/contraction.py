@@ -386,10 +386,11 @@ def _forward(
         )
         trace.table.nest(rows, trace.node)
         return outs, (1, (outs,))
-    own = trace.axis(weight, 1)
-    assert own is not None
-    if ins is None:
-        trace.pin(own, FIXED)
+    own = trace.axis(
+        weight, 1
+    )  # none where the graph computes the weight from something without labels
+    if ins is None or own is None:
+        _meet_inputs(trace, ins, own)
     else:
         trace.unify(ins.reshape(groups, -1), own)
     trace.table.nest(rows, trace.node)
@@ -397,7 +398,7 @@ def _forward(
         rows if rows.shape[1] == 1 else trace.table.block(rows, is_head=False),
         "a convolution group stays",
     )
-    return outs, (1, (outs, own))
+    return outs, (1 if own is not None else per_group, (outs, own))
 
 
 def _transposed(
@@ -414,18 +415,17 @@ def _transposed(
         return None, (one * weight.shape[1], ())
     rows = own.reshape(groups, -1)
     if rows.shape[1] == 1:
-        if weight.shape[1] > 1:
-            columns = trace.axis(weight, 1)
-            assert columns is not None
+        columns = trace.axis(weight, 1)
+        if columns is not None:
             trace.pin(columns, "outputs of a transposed convolution with one input per group")
         return own.repeat(weight.shape[1]), (weight.shape[1], (own,))
     trace.table.nest(rows, trace.node)
     trace.pin(trace.table.block(rows, is_head=False), "a convolution group stays")
     columns = trace.axis(weight, 1)
     if columns is None:
-        outs = trace.table.fresh(groups)
+        outs = trace.table.fresh(groups * weight.shape[1])
         trace.pin(outs, "a convolution group stays")
-        return outs, (1, (own,))
+        return outs, (weight.shape[1], (own,))
     outs = columns[None].repeat(groups, axis=0)
     return outs.reshape(-1), (1, (own, columns))
 

@@ -55,10 +55,12 @@ def _elementwise(trace: Trace, call: Call, dtype: torch.dtype | None) -> Any:
     if dtype is None and any(t.is_complex() for t in tensors):
         dtype = trace.run(call).dtype
     if dtype is None:
-        named = next(
-            (a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.dtype)), None
-        )
-        dtype = named or functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+        given = (*call.args, *call.kwargs.values())
+        dtype = next((a for a in given if isinstance(a, torch.dtype)), None)
+    if dtype is None and not any(t.is_floating_point() for t in tensors):
+        dtype = trace.run(call).dtype  # a number may make it a floating-point one
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     out = torch.empty(shape, dtype=dtype, device="meta")
     return trace.label(out, met(trace, tensors, len(shape)))
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups
-from graphprune.measured import fit_latency, probes, size_products, time_cuts
-from graphprune.onnx_export import export_onnx
+from graphprune.measured import exported_cuts, fit_latency, probes, size_products
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 
@@ -45,22 +42,19 @@ class MeasureCosts(Pass):
                 f"{self.name} times cuts in one process, found several, which would measure differently; "
                 "choose channels by latency in one process, and train what is left in several"
             )
-        choices = probes(groups, seed=context.seed) if self.latency else []
-        with context.progress.task("measure costs", 1 + len(choices)) as task:
-            with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-                written = export_onnx(program, Path(folder) / "dense.onnx")
-            task.advance()
-            sizes = size_products(program, groups, written.num_bytes)
+        everything = groups.cost.everything()
+        choices = probes(groups, seed=context.seed) if self.latency else [everything]
+        with (
+            context.progress.task("measure costs", len(choices)) as task,
+            exported_cuts(program, groups) as cuts,
+        ):
+            for keep in choices:
+                cuts.path(keep)
+                task.advance()
+            sizes = size_products(program, groups, cuts.num_bytes(everything))
             cost = groups.cost.with_measured("size", sizes)
             if self.latency:
-                times = time_cuts(
-                    program,
-                    groups,
-                    choices,
-                    device=context.runtime_device,
-                    seed=context.seed,
-                    advance=task.advance,
-                )
+                times = cuts.milliseconds(choices, device=context.runtime_device, seed=context.seed)
                 fit = fit_latency(groups, choices, times)
                 cost = cost.with_measured("latency", fit.products(groups))
         return dataclasses.replace(groups, cost=cost)
