@@ -210,7 +210,12 @@ def choose(
         raise TargetError(
             "the importance scores hold NaN or infinite values; check the weights and the data"
         )
-    target.limits(groups.cost.total())  # raises where a limited resource was not measured
+    dense = groups.cost.total()
+    target.limits(dense)  # raises where a limited resource was not measured
+    if not dense.params and not dense.macs:
+        raise TargetError(
+            "the program has no parameters and no multiply-accumulates; there is nothing to cut"
+        )
     units = find_units(groups, scores, granularity=granularity)
     free = _free(groups, units, max_ratio)
     if round_to != "auto":
@@ -502,6 +507,18 @@ def limits_room(cost: Cost, target: Target, dense: Cost) -> float:
     return min(rooms, default=math.inf)
 
 
+def _asked(target: Target, name: Resource) -> str:
+    """Return a limit as it was understood: numbers above 1 are amounts."""
+    limit = getattr(target, name)
+    units = {"macs": "MACs", "params": "parameters", "size": "bytes", "latency": "ms"}
+    is_amount = limit > 1 or name in target.is_amount
+    return (
+        f"{name}={limit:g} ({limit:g} {units[name]}; a fraction is at most 1)"
+        if is_amount
+        else f"{name}={limit:g}"
+    )
+
+
 def unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Cost) -> str:
     """Return the message for a target below the least cost that can be reached."""
     reached = []
@@ -509,7 +526,7 @@ def unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Co
         total, low = getattr(dense, name), getattr(least, name)
         reached.append(f"{name}={low / max(1e-12, total):.4f} ({low:,} of {total:,})")
     pinned = sum(len(g) for g in groups if g.pinned)
-    asked = ", ".join(f"{name}={getattr(target, name):g}" for name in target.resources)
+    asked = ", ".join(_asked(target, name) for name in target.resources)
     return (
         f"target {asked} cannot be reached: with every removable channel gone the program is at {', '.join(reached)}; "
         f"{pinned} of {sum(map(len, groups))} coupled channels are pinned (graphprune inspect says why). "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -469,11 +470,24 @@ def _check_accepts(model: nn.Module, inputs: tuple[Tensor, ...], source: str) ->
         where = f"module {name} ({kind})" if name else f"the model itself ({kind})"
         raise InputError(
             f"{source} does not accept example inputs of shape {given}: {where} failed on {shapes}: "
-            f"{_first_line(error)}. If shape or type is wrong, give others with --input 1x3x224x224 or 1x16:int64"
+            f"{_described(error)}. If shape or type is wrong, give others with --input 1x3x224x224 or 1x16:int64"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _described(error: Exception) -> str:
+    """Return kind and message of an error, and the place in the user's own code, where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).parent
+    own = [
+        f
+        for f in frames
+        if "site-packages" not in f.filename and ours not in Path(f.filename).parents
+    ]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {_first_line(error)}{place}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -180,6 +180,11 @@ def compile(
                 "give one or the other"
             )
         pipeline = Pipeline.parse(passes) if isinstance(passes, str) else passes
+    if resume and not any(hasattr(step, "checkpoint_seconds") for step in pipeline.passes):
+        raise UsageError(
+            "resume: no pass of this pipeline trains, so there is nothing to go on with; give epochs= (--epochs N), "
+            "or leave it out"
+        )
     job = _Job(
         model=model,
         example_inputs=example_inputs,

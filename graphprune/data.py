@@ -431,7 +431,13 @@ def _from_function(spec: str, module_name: str, function_name: str) -> DataSourc
     function = getattr(module, function_name, None)
     if not callable(function):
         raise DataError(f"data {spec!r}: module {module_name!r} has no function {function_name!r}")
-    pair = function()
+    try:
+        pair = function()
+    # Whatever the user's own code raises is what the user needs to read.
+    except Exception as error:
+        raise DataError(
+            f"data {spec!r}: {function_name}() failed: {type(error).__name__}: {error}"
+        ) from error
     if not (
         isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(d, "__getitem__") for d in pair)
     ):

@@ -18,6 +18,7 @@ __all__ = ["EXTRAS", "diagnose"]
 EXTRAS = {
     "demo": ("sklearn",),
     "timm": ("timm",),
+    "transformers": ("transformers",),
     "bench": ("torch_pruning", "timm"),
     "test": ("pytest", "hypothesis", "expecttest", "xdist"),
 }

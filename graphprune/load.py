@@ -78,6 +78,11 @@ def load_model(
         ForbiddenClassError: A pickle names a class that is not allowed.
     """
     prefix, separator, name = text.partition(":")
+    if text.endswith(".py"):
+        raise LoadError(
+            f"{text} is code, not a model; name a function of it that returns one: "
+            f"{Path(text).with_suffix('').as_posix().replace('/', '.')}:FUNCTION"
+        )
     is_file = Path(text).suffix.lower() in _FILES or Path(text).exists()
     with _current_folder_importable():
         if separator and prefix in _ZOOS and not is_file:
@@ -304,7 +309,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (*_DAMAGED, SafetensorError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise LoadError(
+            f"weights {path} cannot be read as a state dict: the file holds other objects than tensors. A whole model "
+            "goes in the place of MODEL; of its own weights, save model.state_dict()"
+        ) from error
+    except (*_DAMAGED, SafetensorError) as error:
         raise LoadError(
             f"weights {path} cannot be read as a state dict: {_first_line(error)}"
         ) from error

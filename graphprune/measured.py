@@ -1,8 +1,8 @@
 """Measured costs: bytes of the exported file, and milliseconds in ONNX Runtime, as functions of the channels that stay.
 
 Both are models, and a choice is exported and measured before it is accepted (`land`). Bytes are those of the tensors,
-and a rest that no cut changes; the exporter may fold some tensors into others. For milliseconds, a few cuts of the program
-are exported and timed where it will run, and
+and a rest that no cut changes; the exporter may fold some tensors into others. For milliseconds, a few cuts of the
+program are exported and timed where it will run, and
 
     latency(kept) = a x MACs of dense contractions + b x MACs of thin ones + c x elements of all tensors + d
 

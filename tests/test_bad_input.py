@@ -53,6 +53,23 @@ def tokens():
 
 def broken():
     raise RuntimeError("no licence")
+
+
+class Raising(nn.Module):
+    def forward(self, x):
+        raise KeyError("its own trouble")
+
+
+def raising():
+    return Raising()
+
+
+def empty():
+    return nn.Sequential(nn.ReLU())
+
+
+def no_disk():
+    raise OSError("disk gone")
 """
 
 NET_SHAPE = ("bad_net:net", "--input", "1x3x8x8")
@@ -159,6 +176,48 @@ CASES: dict[str, tuple[int, Callable[[], object] | None, list[str], list[str]]] 
         lambda: torch.save({"w": _Forbidden()}, "evil.pt"),
         ["compile", *NET_SHAPE, "--weights", "evil.pt"],
         ["evil.pt cannot be read as a state dict"],
+    ),
+    "a whole model in the place of weights": (
+        1,
+        lambda: torch.save(_torch_only(), "whole.pt"),
+        ["compile", *NET_SHAPE, "--weights", "whole.pt"],
+        ["other objects than tensors", "in the place of MODEL", "save model.state_dict()"],
+    ),
+    "code in the place of a model": (
+        1,
+        None,
+        ["compile", "bad_net.py", "--input", "1x3x8x8"],
+        ["bad_net.py is code, not a model", "bad_net:FUNCTION"],
+    ),
+    "a forward that raises": (
+        1,
+        None,
+        ["compile", "bad_net:raising", "--input", "1x3"],
+        ["KeyError: 'its own trouble' (bad_net.py, line "],
+    ),
+    "a model of nothing": (
+        1,
+        None,
+        ["compile", "bad_net:empty", "--input", "1x3"],
+        ["no parameters and no multiply-accumulates"],
+    ),
+    "an amount where a fraction was meant": (
+        1,
+        None,
+        ["compile", *NET_SHAPE, "--target", "macs=2"],
+        ["target macs=2 (2 MACs; a fraction is at most 1) cannot be reached"],
+    ),
+    "resume without training": (
+        2,
+        None,
+        ["compile", *NET_SHAPE, "--resume"],
+        ["no pass of this pipeline trains", "--epochs N"],
+    ),
+    "data whose function raises": (
+        1,
+        None,
+        ["compile", *NET_SHAPE, "--data", "bad_net:no_disk"],
+        ["data 'bad_net:no_disk': no_disk() failed: OSError: disk gone"],
     ),
     "weights of another model": (
         1,

@@ -145,6 +145,32 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(
     assert (here / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "error: interrupted\n"),
+        (
+            ("--epochs", "1", "--data", "digits"),
+            "error: interrupted; the same command with --resume goes on with a training\n",
+        ),
+    ],
+)
+def test_an_interrupt_is_said(
+    here: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    expected: str,
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graphprune.compiler.compile", interrupted)
+    status, _, err = run(capsys, "compile", "cli_net:net", "--input", "1x1x8x8", *options)
+    assert status == 130
+    assert err == expected
+
+
 def test_a_traceback_is_shown_with_debug_only(here: Path, capsys: Capture) -> None:
     status, _, err = run(capsys, "inspect", "missing.pt", "--debug")
     assert status == 1

@@ -27,7 +27,8 @@ COMMANDS = {
 app = typer.Typer(
     name="graphprune",
     help="Cut trained PyTorch models smaller, prove that every cut is exact, and export what is left.",
-    epilog="Exit status: 0 done and verified, 1 error, 2 usage, 3 built but a check fell short.",
+    epilog="Exit status: 0 done and verified, 1 error, 2 usage, 3 built but a check fell short, "
+    "130 interrupted.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -36,6 +37,10 @@ app = typer.Typer(
 )
 for _command in COMMANDS.values():
     app.command()(_command)
+
+
+_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (
         SystemExit
     ) as stop:  # typer's own: 0 for --help, 2 for a usage mistake, typer.Exit's code
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code == _INTERRUPTED:
+            _print_interrupted(arguments)
+        return code
     except GraphpruneError as error:
         _print_error(error, str(error), is_debug=is_debug)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+        _print_interrupted(arguments)
+        return _INTERRUPTED
     except Exception as error:  # a mistake of ours: still one line, and how to see more
         message = (
             f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
@@ -65,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(error, message, is_debug=is_debug)
         return 1
     return 0
+
+
+def _print_interrupted(arguments: Sequence[str]) -> None:
+    trains = "compile" in arguments and ("--epochs" in arguments or "--passes" in arguments)
+    hint = "; the same command with --resume goes on with a training" if trains else ""
+    print(f"error: interrupted{hint}", file=sys.stderr)
 
 
 def _print_error(error: Exception, message: str, *, is_debug: bool) -> None:

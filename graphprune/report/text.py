@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -70,6 +72,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
     console.print(_figures_table(report))
     console.print(f"removed: {escape(removed_text(report.removed))}", highlight=False)
+    if report.whole is not None:
+        console.print(escape(_about_whole(report.whole)), highlight=False)
     for name, check in report.checks.items():
         console.print(_check_line(report, name), highlight=False)
         if check is not None and check.detail:
@@ -81,6 +85,16 @@ def print_report(report: Report, console: Console) -> None:
     hidden = len(_grouped(report.kept)) - MOST_KEPT
     if hidden > 0:
         console.print(f"kept for other reasons: {hidden}, all of them in report.json")
+
+
+def _about_whole(whole: Mapping[str, Any]) -> str:
+    """Say that the model runs whole, and what of it was exported."""
+    reason = next(iter(whole.get("untraced", ())), "no tracer follows it")
+    parts = ", ".join(f"{name} -> {file}" for name, file in whole.get("exported", {}).items())
+    return (
+        f"not captured as a graph, so cut in place and written to model.pt ({reason}); "
+        f"parts exported: {parts or 'none'}"
+    )
 
 
 def figure_text(name: str, value: float | None) -> str:

@@ -92,7 +92,8 @@ class ExportOnnx(Pass):
         if not checks:
             return Artifacts(measurements=measurements)
         worst = max(checks, key=lambda c: (not c.passed, _error(c)))
-        detail = f"{len(checks)} parts; worst: {worst.detail}"
+        noun = "part" if len(checks) == 1 else "parts"
+        detail = f"{len(checks)} {noun}; worst: {worst.detail}"
         check = dataclasses.replace(worst, detail=detail)
         return Artifacts(files=tuple(files), checks={"onnx": check}, measurements=measurements)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune import measured
 from graphprune.budget import choose, parse_target
-from graphprune.cost import Products
+from graphprune.cost import Keep, Products
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups, analyze
@@ -91,8 +91,12 @@ def test_a_size_that_no_cut_reaches_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     program = network()
     groups = with_costs(program, latency=False)
     target, scores = parse_target("size=0.5"), random_scores(groups, 1)
-    sizes = iter([1000, 900] * measured.ROUNDS)
-    monkeypatch.setattr(measured.Cuts, "num_bytes", lambda self, keep: next(sizes))
+    dense = groups.cost.total().size
+
+    def num_bytes(cuts: measured.Cuts, keep: Keep) -> int:
+        return dense if keep.all() else int(0.9 * dense)
+
+    monkeypatch.setattr(measured.Cuts, "num_bytes", num_bytes)
     message = (
         r"target size=0.5 was not reached: cuts were measured at 0.900.* of the dense program's [\d,]+ bytes. "
         r".*; give a target of at least size=0.90, or macs="
