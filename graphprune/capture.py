@@ -40,7 +40,7 @@ from graphprune.lowering.sized import may_vary, resize
 from graphprune.program import Program
 from graphprune.uncaptured import capture_whole
 
-__all__ = ["capture", "capture_graph"]
+__all__ = ["capture", "capture_graph", "evaluation_mode"]
 
 _PROBE_BATCH = 3
 """Another batch size than the example's, at which graph and model must agree."""
@@ -109,7 +109,7 @@ def capture(
     if not isinstance(example_inputs, Tensor) and not example_inputs:
         raise InputError(f"{source} does not state the shape of its input: {_INPUT_HINT}")
     calling, tensors = calling_of(model, example_inputs, outputs)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         if not outputs and not isinstance(example_inputs, Mapping):
             listed = Calling(as_list=True)
             if _takes_list(model, listed, _as_tuple(tensors)):
@@ -133,7 +133,7 @@ def capture_graph(model: nn.Module, inputs: tuple[Tensor, ...], *, source: str) 
         CaptureError: No tracer captures it.
     """
     reasons: list[str] = []
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         program = _traced(model, inputs, source, reasons)
         if program is not None:
             return program
@@ -339,7 +339,7 @@ def _as_inputs(
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode and give each its own flag back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     for module, _ in flags:

@@ -25,7 +25,7 @@ from graphprune.defaults import (
 )
 from graphprune.devices import pick_device, take_own_gpu
 from graphprune.environment import environment
-from graphprune.errors import PlanError, UsageError
+from graphprune.errors import CaptureError, PlanError, UsageError
 from graphprune.pipeline import Callback, Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -306,7 +306,7 @@ def evaluate_model(
             callbacks=(),
             progress=progress or SilentProgress(),
         )
-        program = job.capture()
+        program = job.captured()[0]
         accuracy = evaluate(program, loader, device=runs_on, progress=progress)
         name = program.source
     return {
@@ -337,7 +337,7 @@ class _Job:
     is_classification: bool = True
 
     def run(self, pipeline: Pipeline, folder: Staging) -> CompileResult:
-        dense = self.capture()
+        dense, captured = self.captured()
         imported = self.import_check(dense)
         accuracy_before = self.accuracy(dense)
         result = pipeline.run(
@@ -363,7 +363,7 @@ class _Job:
             environment=environment(self.device),
             before=_figures(dense, result.measurements.get("before", {}), accuracy_before),
             after=_figures(result.program, result.measurements.get("after", {}), accuracy_after),
-            checks={"surgery": None, "onnx": None, **imported, **result.checks},
+            checks={"surgery": None, "onnx": None, **captured, **imported, **result.checks},
             removed=result.removed,
             kept=result.kept,
             passes=result.records,
@@ -383,26 +383,55 @@ class _Job:
             files=folder.deliver(),
         )
 
-    def capture(self) -> Program:
+    def captured(self) -> tuple[Program, dict[str, Check]]:
+        """Return the program, and how it compares with the user's own model where there is one."""
         from graphprune.capture import capture
+        from graphprune.load import is_onnx, load_model, load_weights
 
+        source: str | None
+        model: Any
         if isinstance(self.model, Program):
             if self.example_inputs is not None or self.weights is not None or self.outputs:
                 raise UsageError(
                     "a captured program has its inputs, outputs and weights; give example_inputs=, outputs= and "
                     "weights= to capture()"
                 )
-            return self.model
-        model = str(self.model) if isinstance(self.model, Path) else self.model
+            return self.model, {}
         with self.progress.task("capturing the model"):
-            return capture(
-                model,
-                self.inputs(),
-                outputs=self.outputs,
-                weights=self.weights,
-                trust=self.trust,
-                trust_all=self.trust_all,
+            if isinstance(self.model, nn.Module):
+                source, model = None, self.model
+                if self.weights is not None:
+                    model = load_weights(model, self.weights)
+            else:
+                source = str(self.model)
+                if is_onnx(source):
+                    given = self.inputs()
+                    return capture(source, given, outputs=self.outputs, weights=self.weights), {}
+                model = load_model(
+                    source, weights=self.weights, trust=self.trust, trust_all=self.trust_all
+                )
+            program = capture(model, self.inputs(), outputs=self.outputs, source=source)
+            return program, self.capture_check(model, program)
+
+    def capture_check(self, model: Any, program: Program) -> dict[str, Check]:
+        """Compare the program with the model; a model that runs whole is the program."""
+        from graphprune.capture import evaluation_mode
+        from graphprune.verify_capture import verify_capture
+
+        is_own = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+        if not self.verify or not is_own or program.dialect == "module":
+            return {}
+        if any(t.is_meta for _, t in program.named_tensors()):
+            return {}
+        with evaluation_mode(model):
+            check = verify_capture(model, program, seed=self.seed)
+        if not check.passed:
+            raise CaptureError(
+                f"the graph that was captured of {program.source} does not compute what the model computes: "
+                f"its outputs differ by {check.max_abs_err:.3g} of the largest value. Please report the model; "
+                "--no-verify goes on all the same"
             )
+        return {"capture": check}
 
     def import_check(self, dense: Program) -> dict[str, Check]:
         """Compare a program that was read from an ONNX file with that file in ONNX Runtime."""

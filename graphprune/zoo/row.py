@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import resource
 import sys
 import tempfile
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from graphprune.budget import parse_target
 from graphprune.capture import capture
@@ -26,6 +24,7 @@ from graphprune.pipeline import Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.textform import format_pass
+from graphprune.verify_capture import verify_capture
 from graphprune.zoo.models import ZooModel
 from graphprune.zoo.peer import attempt
 
@@ -39,8 +38,6 @@ PEER_RATIO = 0.3
 """What Torch-Pruning removes of every group: about half the MACs."""
 PEER_S = 300.0
 """Seconds of processor time that it gets."""
-CAPTURE_TOLERANCE = 1e-4
-"""Capture may put operators into another order (attention does), which float32 shows as rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +150,7 @@ def _fill(state: _State, model: ZooModel, job: Job) -> None:
     )
     seconds = {"capture": time.perf_counter() - started}
     batch = "" if program.dynamic_batch else ", fixed batch"
-    captured = _compare(module, program)
+    captured = verify_capture(module, program, seed=2)
     state.set(tracer=f"{program.dialect}{batch}", seconds=dict(seconds), captured=captured)
     _require(captured, "capture")
     del module
@@ -203,27 +200,6 @@ def _export(program: Program) -> PipelineResult:
 
 def _count(program: Program) -> int:
     return sum(p.numel() for p in program.module.parameters())
-
-
-def _compare(model: nn.Module, program: Program) -> Check:
-    """Compare the outputs of a program with those of the model that it was captured from."""
-    inputs = program.batch(2, seed=2)
-    if program.calling is not None:
-        model = program.calling.bind(model)
-    with torch.no_grad():
-        pairs = zip(tree_leaves(model(*inputs)), tree_leaves(program.module(*inputs)), strict=True)
-        errors = [
-            ((a - b).abs().max() / a.abs().max()).item() if a.shape == b.shape else math.inf
-            for a, b in pairs
-        ]
-    worst = max(errors)
-    detail = "float32, model on 2 random samples, relative to the largest value"
-    return Check(
-        max_abs_err=worst,
-        tolerance=CAPTURE_TOLERANCE,
-        passed=worst <= CAPTURE_TOLERANCE,
-        detail=detail,
-    )
 
 
 def _require(check: Check, name: str) -> None:
