@@ -99,7 +99,8 @@ def _export(program: Program) -> ExportedProgram:
     inputs = program.batch(_TRACED_BATCH)
     shapes = tuple({0: batch} if program.dynamic_batch and t.dim() else None for t in inputs)
     try:
-        with exporter_quiet(), without_fast_path():
+        # Without gradients a part of a tensor may be written to, as in inference.
+        with torch.no_grad(), exporter_quiet(), without_fast_path():
             exported = torch.export.export(
                 program.module, inputs, dynamic_shapes=shapes if program.dynamic_batch else None
             )

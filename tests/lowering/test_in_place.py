@@ -1,0 +1,108 @@
+"""``y += x`` is captured as what it is: a write where others see it, plain arithmetic where nobody can."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune as gp
+from tests.models import resnet20
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+class Net(nn.Module):
+    """Two convolutions, and a function of them."""
+
+    def __init__(self, run: Forward) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+        self.b = nn.Conv2d(8, 8, 1)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.run(self, x)
+        return out
+
+
+def held_by_a_list(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    states = [y]
+    y += m.b(y)
+    return torch.cat([y, *states], 1)
+
+
+def part_of_another(m: Any, x: Tensor) -> Any:
+    y = m.a(x) * 2
+    u, v = y.chunk(2, 1)
+    u *= v.sigmoid()
+    u -= 1
+    u /= 2
+    return y + m.b(y)
+
+
+def of_its_own(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    z = m.b(y)
+    z += y
+    z *= 2
+    return z.relu()
+
+
+def a_number(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    height = y.shape[2]
+    old = height
+    height += 2
+    return y.reshape(y.shape[0], -1, old, height - 2)
+
+
+def program_of(run: Forward) -> tuple[nn.Module, gp.Program]:
+    torch.manual_seed(0)
+    net = Net(run).eval()
+    return net, gp.capture(net, torch.randn(2, 3, 4, 4))
+
+
+def in_place(program: gp.Program) -> list[str]:
+    targets = [node.target for node in program.module.graph.nodes if node.op == "call_function"]
+    names = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+    return [getattr(t, "__name__", "") for t in targets if t in names]
+
+
+@pytest.mark.parametrize(
+    ("run", "writes"),
+    [
+        (held_by_a_list, ["iadd"]),
+        (part_of_another, ["imul", "isub", "itruediv"]),
+        (of_its_own, []),
+        (a_number, []),
+    ],
+)
+def test_the_graph_computes_what_the_model_computes(run: Forward, writes: list[str]) -> None:
+    net, program = program_of(run)
+    assert program.dialect == "fx"
+    assert in_place(program) == writes
+    x = torch.randn(3, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(program.module(x), net(x))
+
+
+def test_a_residual_network_has_no_writes() -> None:
+    program = gp.capture(resnet20().eval(), torch.randn(1, 3, 32, 32))
+    assert in_place(program) == []
+    assert operator.add in [node.target for node in program.module.graph.nodes]
+
+
+@pytest.mark.parametrize("run", [held_by_a_list, part_of_another])
+def test_writes_are_cut_and_exported(run: Forward) -> None:
+    net = Net(run).eval()
+    model = nn.Sequential(net, nn.Conv2d(16 if run is held_by_a_list else 8, 4, 1)).eval()
+    report = gp.compile(model, torch.randn(1, 3, 4, 4), target="ratio=0.5", round_to=1).report
+    assert {"capture", "surgery", "onnx", "exported_program"} <= set(report.checks)
+    assert all(check is not None and check.passed for check in report.checks.values())
+    assert report.removed.channels
