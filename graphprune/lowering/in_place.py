@@ -65,10 +65,25 @@ def settle_in_place(graph: fx.Graph, root: nn.Module) -> None:
 _NEW_MODULES = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
+    nn.modules.pooling._AvgPoolNd,
     nn.Linear,
     nn.LayerNorm,
     nn.GroupNorm,
+    nn.RMSNorm,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softmax,
 )
+"""Modules whose output is a tensor of its own, unless they are told to work in place."""
 _NEW_FUNCTIONS = frozenset(
     {
         *_PLAIN.values(),
@@ -82,19 +97,53 @@ _NEW_FUNCTIONS = frozenset(
         torch.stack,
         torch.matmul,
         torch.bmm,
+        torch.relu,
+        torch.sigmoid,
+        torch.tanh,
+        torch.exp,
+        torch.softmax,
+        F.gelu,
         F.linear,
         F.conv1d,
         F.conv2d,
         F.conv3d,
     }
 )
+_NEW_METHODS = frozenset(
+    {
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "matmul",
+        "bmm",
+        "neg",
+        "pow",
+        "exp",
+        "relu",
+        "sigmoid",
+        "tanh",
+        "softmax",
+    }
+    | {"clone", "mean", "sum"}
+)
 
 
 def _is_new(node: fx.Node, root: nn.Module) -> bool:
     """Say whether a node makes a tensor of its own, and neither hands on nor shares what it was given."""
     if node.op == "call_module":
-        return isinstance(root.get_submodule(str(node.target)), _NEW_MODULES)
-    return node.op == "call_function" and node.target in _NEW_FUNCTIONS
+        module = root.get_submodule(str(node.target))
+        return isinstance(module, _NEW_MODULES) and not getattr(module, "inplace", False)
+    if node.op == "call_method":
+        return node.target in _NEW_METHODS
+    is_function = node.op == "call_function"
+    return is_function and (node.target in _NEW_FUNCTIONS or _is_activation(node))
+
+
+def _is_activation(node: fx.Node) -> bool:
+    """Say whether a node is an activation function that is not told to work in place."""
+    is_one = node.target in (F.relu, F.silu, F.leaky_relu, F.hardswish, F.elu, F.mish, F.relu6)
+    return is_one and not any(a is True for a in (*node.args, *node.kwargs.values()))
 
 
 def _is_number(node: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import graphprune as gp
 from tests.models import resnet20
@@ -54,6 +55,22 @@ def of_its_own(m: Any, x: Tensor) -> Any:
     return z.relu()
 
 
+def of_an_activation(m: Any, x: Tensor) -> Any:
+    y = F.relu(m.a(x))
+    y += 1
+    z = m.b(y).sigmoid()
+    z *= y
+    return z
+
+
+def of_an_activation_in_place(m: Any, x: Tensor) -> Any:
+    """The sum is in `y` too."""
+    y = m.a(x)
+    z = F.relu(y, inplace=True)
+    z += 1
+    return y + m.b(z)
+
+
 def a_number(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     height = y.shape[2]
@@ -80,6 +97,8 @@ def in_place(program: gp.Program) -> list[str]:
         (held_by_a_list, ["iadd"]),
         (part_of_another, ["imul", "isub", "itruediv"]),
         (of_its_own, []),
+        (of_an_activation, []),
+        (of_an_activation_in_place, ["iadd"]),
         (a_number, []),
     ],
 )
