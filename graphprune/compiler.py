@@ -363,7 +363,7 @@ class _Job:
             environment=environment(self.device),
             before=_figures(dense, result.measurements.get("before", {}), accuracy_before),
             after=_figures(result.program, result.measurements.get("after", {}), accuracy_after),
-            checks={"surgery": None, "onnx": None, **captured, **imported, **result.checks},
+            checks={**captured, "surgery": None, "onnx": None, **imported, **result.checks},
             removed=result.removed,
             kept=result.kept,
             passes=result.records,

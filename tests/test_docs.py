@@ -166,7 +166,10 @@ def test_readme_example_runs(
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     exec(code, {})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "proven: {'surgery': True, 'onnx': True, 'exported_program': True}"
+    assert (
+        lines[2]
+        == "proven: {'capture': True, 'surgery': True, 'onnx': True, 'exported_program': True}"
+    )
     files = {"model.onnx", "model.pt2", "plan.json", "report.json", "report.html"}
     assert {p.name for p in (here / "out").iterdir()} == files
 
