@@ -179,9 +179,9 @@ def weight_standardised_convolution() -> Net:
     return Net(run, shape=(3, 6, 5), a=conv(3, 6), b=rand(8, 6, 1, 1), z=conv(8, 4))
 
 
-@pattern("b", kept="a", why="cannot change")
+@pattern("a b b[1]", zeros=False)
 def weight_standardised_by_batch_norm() -> Net:
-    """As timm does it: a batch norm over the weight, a channel of which is all of one output."""
+    """As timm does it: a batch norm over the weight, which takes its statistics over what is kept, like other norms."""
 
     def run(m: Any, x: Tensor) -> Any:
         w = F.batch_norm(m.b.reshape(1, 8, -1), None, None, training=True).reshape_as(m.b)

@@ -52,9 +52,10 @@ def batch_norm(trace: Trace, call: Call) -> Any:
     x = call.args[0]
     x = _statistics(trace, call, x)
     fields = _met_along(trace, x, list(call.args[1:5]), min(1, x.dim() - 1))
-    # Statistics of the batch at hand run over all other dimensions.
+    # Statistics of the batch at hand run over all other dimensions; `_statistics` has noted it of batch_norm itself.
     first = 2 if call.name == "aten::instance_norm" else 0
-    if "no_training" not in call.name and (call.args[5] or call.args[3] is None):
+    is_noted = call.name == "aten::batch_norm" or "no_training" in call.name
+    if not is_noted and (call.args[5] or call.args[3] is None):
         settled = (
             trace.settle(f, [d for d in f.dims if d >= first and d != 1], "normalised over it")
             for f in fields
