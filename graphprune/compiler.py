@@ -388,8 +388,6 @@ class _Job:
         from graphprune.capture import capture
         from graphprune.load import is_onnx, load_model, load_weights
 
-        source: str | None
-        model: Any
         if isinstance(self.model, Program):
             if self.example_inputs is not None or self.weights is not None or self.outputs:
                 raise UsageError(
@@ -398,19 +396,18 @@ class _Job:
                 )
             return self.model, {}
         with self.progress.task("capturing the model"):
-            if isinstance(self.model, nn.Module):
-                source, model = None, self.model
-                if self.weights is not None:
-                    model = load_weights(model, self.weights)
-            else:
-                source = str(self.model)
-                if is_onnx(source):
-                    given = self.inputs()
-                    return capture(source, given, outputs=self.outputs, weights=self.weights), {}
+            model: Any = str(self.model) if isinstance(self.model, Path) else self.model
+            source, weights = None, self.weights
+            if isinstance(model, str) and not is_onnx(model):
+                source, weights = model, None
                 model = load_model(
-                    source, weights=self.weights, trust=self.trust, trust_all=self.trust_all
+                    model, weights=self.weights, trust=self.trust, trust_all=self.trust_all
                 )
-            program = capture(model, self.inputs(), outputs=self.outputs, source=source)
+            elif isinstance(model, nn.Module) and weights is not None:
+                model, weights = load_weights(model, weights), None
+            program = capture(
+                model, self.inputs(), outputs=self.outputs, weights=weights, source=source
+            )
             return program, self.capture_check(model, program)
 
     def capture_check(self, model: Any, program: Program) -> dict[str, Check]:

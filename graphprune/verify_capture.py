@@ -15,6 +15,8 @@ __all__ = ["TOLERANCE", "verify_capture"]
 
 TOLERANCE = 1e-4
 """Capture may put operators into another order (attention does), which float32 shows as rounding."""
+_ROUNDINGS = 20
+"""How many roundings of a coarser type may add up."""
 _SAMPLES = 2
 
 
@@ -29,17 +31,26 @@ def verify_capture(model: nn.Module, program: Program, *, seed: int = 0) -> Chec
     inputs = program.batch(_SAMPLES, seed=seed)
     bound = model if program.calling is None else program.calling.bind(model)
     expected = _outputs(bound, inputs)
-    worst = _distance(expected, _outputs(program.module, inputs))
-    detail = f"float32, model on {_SAMPLES} random samples, relative to the largest value"
-    is_random = worst > TOLERANCE and _distance(expected, _outputs(bound, inputs)) > TOLERANCE
+    worst, tolerance = _distance(expected, _outputs(program.module, inputs)), _tolerance(program)
+    detail = f"model on {_SAMPLES} random samples, relative to the largest value"
+    is_random = worst > tolerance and _distance(expected, _outputs(bound, inputs)) > tolerance
     if is_random:
         detail += "; the model itself gives something else at every call"
     return Check(
         max_abs_err=worst,
-        tolerance=TOLERANCE,
-        passed=worst <= TOLERANCE or is_random,
+        tolerance=tolerance,
+        passed=worst <= tolerance or is_random,
         detail=detail,
     )
+
+
+def _tolerance(program: Program) -> float:
+    """Return what rounding explains: more where tensors are of half precision."""
+    coarsest = max(
+        (torch.finfo(t.dtype).eps for _, t in program.named_tensors() if t.is_floating_point()),
+        default=0.0,
+    )
+    return max(TOLERANCE, _ROUNDINGS * coarsest)
 
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

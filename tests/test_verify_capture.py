@@ -69,3 +69,19 @@ def test_compile_reports_it_and_refuses_another_graph(monkeypatch: pytest.Monkey
     with pytest.raises(CaptureError, match="does not compute what the model computes"):
         gp.compile(model, x, target="ratio=0.5", export=False)
     assert gp.compile(model, x, target="ratio=0.5", export=False, verify=False).plan is not None
+
+
+def test_half_precision_may_round() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval().bfloat16()
+    program = gp.capture(model, torch.randn(2, 5, 16, dtype=torch.bfloat16))
+    check = verify_capture(model, program)
+    assert check.passed
+    assert check.tolerance > 1e-2
+
+
+def test_an_exported_program_is_compiled_as_it_is() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(Net().eval(), (x,))
+    result = gp.compile(exported, x, target="ratio=0.5", export=False)  # type: ignore[arg-type]
+    assert result.report.removed.channels
+    assert "capture" not in result.report.checks

@@ -33,8 +33,6 @@ from graphprune.program import Program, WholeModel
 __all__ = ["ALL_OPERATORS", "NUMBERS", "OWN_OPERATORS", "Frames", "run_whole", "watched"]
 
 NUMBERS = "the model's own code holds a size here as a number, which no cut can change"
-
-
 SOMEWHERE = "a trial cut failed in this module, where the analysis cannot follow it"
 OWN_OPERATORS = "*"
 """In place of an operator's name in `Program.fixed`: all that a module's own ``forward`` calls."""

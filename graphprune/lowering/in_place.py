@@ -110,22 +110,7 @@ _NEW_FUNCTIONS = frozenset(
     }
 )
 _NEW_METHODS = frozenset(
-    {
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "matmul",
-        "bmm",
-        "neg",
-        "pow",
-        "exp",
-        "relu",
-        "sigmoid",
-        "tanh",
-        "softmax",
-    }
-    | {"clone", "mean", "sum"}
+    "add sub mul div matmul bmm neg pow exp relu sigmoid tanh softmax clone mean sum".split()
 )
 
 
