@@ -223,7 +223,7 @@ def test_a_program_that_computes_something_else_is_a_row(monkeypatch: pytest.Mon
     monkeypatch.setattr("graphprune.zoo.row.capture", capture)
     row = run_model(TINY, Job(export=False))
     assert row.failure is not None
-    assert row.failure.startswith("PassError: the capture check fell short: float32, model on 2")
+    assert row.failure.startswith("PassError: the capture check fell short: model on 2")
     assert row.captured is not None
     assert not row.captured.passed
     assert row.surgery is None
