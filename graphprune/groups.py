@@ -9,6 +9,7 @@ that blocks (heads, convolution groups) go when their last member does, and take
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,6 +102,38 @@ class _Blocks:
         lengths = np.diff([*self.starts, len(self.members)])
         return np.repeat(np.arange(len(self.rows)), lengths)
 
+    def inside(self, block: int) -> list[int]:
+        """Return the members of the block at a position."""
+        return self._inside[block]
+
+    def at(self, channel: int) -> list[int]:
+        """Return the positions of the blocks that a channel is."""
+        return self._at.get(channel, [])
+
+    def holding(self, channel: int) -> list[int]:
+        """Return the positions of the blocks that a channel is a member of, as often as it is."""
+        return self._holding.get(channel, [])
+
+    @cached_property
+    def _inside(self) -> list[list[int]]:
+        return [part.tolist() for part in np.split(self.members, self.starts[1:])]
+
+    @cached_property
+    def _at(self) -> dict[int, list[int]]:
+        return _positions(self.rows, np.arange(len(self.rows)))
+
+    @cached_property
+    def _holding(self) -> dict[int, list[int]]:
+        return _positions(self.members, self.owner)
+
+
+def _positions(channels: Atoms, blocks: Atoms) -> dict[int, list[int]]:
+    """Return the blocks that stand beside each channel."""
+    found: dict[int, list[int]] = {}
+    for channel, block in zip(channels.tolist(), blocks.tolist(), strict=True):
+        found.setdefault(channel, []).append(block)
+    return found
+
 
 @dataclass(frozen=True)
 class DependencyGroups(Facts):
@@ -165,6 +198,12 @@ class DependencyGroups(Facts):
         return tuple(self.channel_of[nest.atoms] for nest in self.labels.table.nests)
 
     @cached_property
+    def repeats(self) -> tuple[tuple[Atoms, Atoms], ...]:
+        """Places of copies of heads, and what was laid out in them: as many places are left as in each row."""
+        found = self.labels.table.repeats
+        return tuple((self.channel_of[places], self.channel_of[rows]) for places, rows in found)
+
+    @cached_property
     def grids(self) -> tuple[Atoms, ...]:
         """Arrays of coupled channels whose rows, where they are left, keep the same columns."""
         return tuple(self.channel_of[grid.atoms] for grid in self.labels.table.grids)
@@ -187,7 +226,10 @@ class DependencyGroups(Facts):
         return tuple(np.split(order, np.flatnonzero(np.diff(label[order])) + 1))
 
     def close(self, keep: Keep) -> Keep:
-        """Return `keep` without blocks whose last member is gone, and without the members of blocks that are gone."""
+        """Return `keep` without blocks whose last member is gone, and without the members of blocks that are gone.
+
+        Where a tensor holds copies of heads, as many of them are left as every head has.
+        """
         blocks, keep = self.blocks, keep.copy()
         while len(blocks.rows):
             row_kept = keep[blocks.rows] & np.logical_or.reduceat(
@@ -199,7 +241,25 @@ class DependencyGroups(Facts):
             if (after == keep).all():
                 break
             keep = after
+        for places, rows in self.repeats:
+            keep[places] = np.arange(len(places)) < keep[rows].sum(axis=-1).max()
         return keep
+
+    def goes_with(self, channel: int) -> Atoms:
+        """Return what goes where one channel does: itself, its members, and blocks that nothing is left of."""
+        blocks = self.blocks
+        gone, queue, missing = {channel}, [channel], Counter[int]()
+        while queue:
+            current = queue.pop()
+            found = [m for block in blocks.at(current) for m in blocks.inside(block)]
+            for block in blocks.holding(current):
+                missing[block] += 1
+                if missing[block] == len(blocks.inside(block)):
+                    found.append(int(blocks.rows[block]))
+            fresh = set(found) - gone
+            gone |= fresh
+            queue += fresh
+        return np.array(sorted(gone))
 
     def broken(self, keep: Keep) -> list[Atoms]:
         """Return the channels of every nest or grid whose rows would not match, and of every tensor left empty."""

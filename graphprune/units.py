@@ -13,7 +13,7 @@ sum of its channels' signatures, and goes as they do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -38,7 +38,9 @@ __all__ = [
     "parse_granularity",
 ]
 
-Granularity = Literal["channels", "widths", "head-dims", "query-key-dims", "value-dims", "heads"]
+Granularity = Literal[
+    "channels", "widths", "head-dims", "query-key-dims", "value-dims", "heads", "query-heads"
+]
 GRANULARITIES: tuple[Granularity, ...] = (
     "channels",
     "widths",
@@ -46,9 +48,11 @@ GRANULARITIES: tuple[Granularity, ...] = (
     "query-key-dims",
     "value-dims",
     "heads",
+    "query-heads",
 )
 """What may go: any channel; those outside of attention heads; those inside them, or only the ones that queries and keys
-meet along, or only those of values; whole heads."""
+meet along, or only those of values; whole heads, a key and value head with all its query heads; and of query heads that
+share one, as many of each."""
 Flags = NDArray[np.bool_]
 Scores = NDArray[np.float64]
 
@@ -174,12 +178,14 @@ def find_units(
     heads[blocks.rows[blocks.is_head]] = True
     free = ~groups.pinned
     parts: list[_Sets] = []
-    if any(name != "heads" for name in granularity):
+    if set(granularity) - {"heads", "query-heads"}:
         sets = _channel_sets(groups, scores, owner, free & ~heads)
         parts += [_wanted(groups, part, granularity) for part in sets]
     num_channel_sets = sum(len(p.lengths) for p in parts)
-    if "heads" in granularity:
-        parts.append(_Sets.of(_head_sets(groups, owner, free & heads)))
+    if "heads" in granularity or "query-heads" in granularity:
+        alone, tied = _head_sets(groups, scores, owner, free)
+        parts += [alone] if "heads" in granularity else []
+        parts += [tied] if "query-heads" in granularity else []
     return _as_units(parts, num_channel_sets, scores, owner)
 
 
@@ -223,6 +229,10 @@ class _Sets:
     @classmethod
     def singles(cls, channels: Atoms) -> _Sets:
         return cls(channels, np.ones(len(channels), np.int64))
+
+    def __iter__(self) -> Iterator[Atoms]:
+        ends = np.cumsum(self.lengths).tolist()
+        return (self.channels[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _as_units(parts: list[_Sets], num_channel_sets: int, scores: Scores, owner: Atoms) -> Units:
@@ -322,30 +332,54 @@ class _Elements:
         if not self.columns or not self.is_column[sets.channels].any():
             return sets
         count = len(self.of_channel)
-        ends = np.cumsum(sets.lengths)
-        parts = []
-        for start, end in zip(ends - sets.lengths, ends, strict=True):
-            inside = sets.channels[start:end]
-            whole = [self.columns[e - count] for e in inside[inside >= count].tolist()]
-            parts.append(np.concatenate([inside[inside < count], *whole]))
-        return _Sets.of(parts)
+        widths = np.ones(len(self.score), np.int64)
+        widths[count:] = [len(column) for column in self.columns]
+        flat = np.concatenate([np.arange(count), *self.columns])
+        starts = np.cumsum(widths) - widths
+        owner = np.repeat(np.arange(len(sets.lengths)), sets.lengths)
+        lengths = np.bincount(owner, widths[sets.channels], minlength=len(sets.lengths))
+        return _Sets(flat[_runs(starts, widths, sets.channels)], lengths.astype(np.int64))
 
 
 def _with_members(groups: DependencyGroups, channel: int) -> Atoms | None:
     """Return `channel` and what goes with it when it is a block; None where a part of it must stay."""
-    keep = np.ones(groups.num_channels, np.bool_)
-    keep[channel] = False
-    removed = np.flatnonzero(~groups.close(keep))
+    removed = groups.goes_with(channel)
     return None if groups.pinned[removed].any() else removed
 
 
-def _head_sets(groups: DependencyGroups, owner: Atoms, heads: Flags) -> list[Atoms]:
-    sets: dict[bytes, Atoms] = {}
-    for channel in np.flatnonzero(heads):
+def _head_sets(
+    groups: DependencyGroups, scores: Scores, owner: Atoms, free: Flags
+) -> tuple[_Sets, _Sets]:
+    """Return the heads that go alone, and query heads that share keys and values, tied together: one of each."""
+    blocks = groups.blocks
+    is_head = np.zeros(groups.num_channels, np.bool_)
+    is_head[blocks.rows[blocks.is_head]] = True
+    number: dict[bytes, int] = {}
+    sets: list[Atoms] = []
+    of_channel = np.full(groups.num_channels, -1)
+    for channel in np.flatnonzero(is_head & free):
         removed = _with_members(groups, int(channel))
         if removed is not None and (owner[removed] >= 0).any():
-            sets[removed.tobytes()] = removed
-    return list(sets.values())
+            of_channel[channel] = number.setdefault(removed.tobytes(), len(sets))
+            sets += [removed] if of_channel[channel] == len(sets) else []
+    shared = [nest for nest in groups.nests if is_head[nest].any()]
+    held = np.unique(np.concatenate([np.zeros(0, np.int64), *(n.ravel() for n in shared)]))
+    held = held[of_channel[held] < 0]
+    of_channel[held] = len(sets) + np.arange(len(held))
+    is_set = np.arange(len(sets) + len(held)) < len(sets)
+    score = np.zeros(len(is_set))
+    score[is_set] = [scores[s[owner[s] >= 0]].mean() for s in sets]
+    elements = _Elements(of_channel, columns=(), score=score, free=is_set, owned=is_set)
+    alone = is_set.copy()
+    single, tied = list[Atoms](), list[Atoms]()
+    for cluster in _clusters(of_channel[nest] for nest in shared):
+        for array in cluster:
+            alone[array] = False
+        for members in (m for part in _tied(cluster, elements) for m in part):
+            together = np.unique(np.concatenate([sets[m] for m in members]))
+            (single if len(members) == 1 else tied).append(together)
+    single += [sets[i] for i in np.flatnonzero(alone)]
+    return _Sets.of(single), _Sets.of(tied)
 
 
 # -- nests --------------------------------------------------------------------------------------------------------

@@ -58,6 +58,76 @@ def test_a_head_goes_with_its_group_of_queries(
     assert shapes["frequencies"] == (4,)
 
 
+def test_query_heads_go_alone_as_many_of_each_group(
+    decoder: tuple[Program, DependencyGroups],
+) -> None:
+    shapes = _cut(decoder, "query-heads", 1)
+    assert (shapes[Q], shapes[K], shapes[V], shapes[O]) == ((24, 20), (24, 20), (24, 20), (20, 24))
+    assert shapes["attentions.1.q.weight"] == (48, 20)
+    # A group, and one query head of each that is left.
+    both = _cut(decoder, "heads,query-heads", 1)
+    assert (both[Q], both[K]) == ((32, 20), (16, 20))
+    program, groups = decoder
+    units = find_units(groups, random_scores(groups, 1), granularity=["heads", "query-heads"])
+    first = units.group == units.group[0]
+    lengths = np.diff(units.starts)
+    removed = np.zeros(len(units), np.bool_)
+    # The sets of one layer's query heads are the longest; the first of its groups goes too.
+    removed[np.flatnonzero(first & (lengths == lengths[first].max()))[:1]] = True
+    removed[np.flatnonzero(first & (lengths < lengths[first].max()))[:1]] = True
+    cut = assert_cut_is_exact(
+        program, groups, groups.close(units.without(removed, groups.num_channels))
+    )
+    shapes = {name: tuple(t.shape) for name, t in cut.named_tensors()}
+    assert (shapes[Q], shapes[K], shapes[O]) == ((16, 20), (16, 20), (20, 16))
+
+
+def test_query_heads_that_are_viewed_beside_their_keys_go_alone() -> None:
+    class Viewed(nn.Module):
+        """Four query heads in two groups, as ``(batch, groups, queries, ...)`` beside ``(batch, groups, 1, ...)``."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.k, self.v = nn.Linear(9, 24), nn.Linear(9, 8), nn.Linear(9, 8)
+            self.o = nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, t = x.shape[:2]
+            q = self.q(x).view(b, t, 2, 3, 4).permute(0, 2, 3, 1, 4)
+            k, v = (p(x).view(b, t, 2, 1, 4).permute(0, 2, 3, 1, 4) for p in (self.k, self.v))
+            y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+            return self.o(y.permute(0, 3, 1, 2, 4).reshape(b, t, -1))  # type: ignore[no-any-return]
+
+    program = gp.capture(Viewed().eval(), torch.randn(1, 7, 9))
+    groups = gp.analyze(program)
+    scores = np.random.default_rng(0).random(groups.num_channels)
+    units = find_units(groups, scores, granularity=["query-heads"])
+    assert len(units) == 3
+    removed = np.array([True, False, False])
+    keep = groups.close(units.without(removed, groups.num_channels))
+    left = keep[groups.channels_of(Place("q.weight", 0))].reshape(2, 3, 4).all(axis=2)
+    assert left.sum(axis=1).tolist() == [2, 2]
+    assert left[0].tolist() != left[1].tolist()
+    cut = assert_cut_is_exact(program, groups, keep)
+    assert {n: tuple(t.shape) for n, t in cut.named_tensors() if "weight" in n} == {
+        "q.weight": (16, 9),
+        "k.weight": (8, 9),
+        "v.weight": (8, 9),
+        "o.weight": (5, 16),
+    }
+
+
+def test_the_users_class_takes_fewer_query_heads() -> None:
+    model = Decoder().eval()
+    result = gp.compile(
+        model, TOKENS, target="ratio=0.5", granularity="query-heads", export=False, round_to=1
+    )
+    smaller = result.apply_to(model)
+    assert smaller.attentions[0].repeats == 1
+    assert (len(smaller.get_parameter(Q)), len(smaller.get_parameter(K))) == (24, 24)
+
+
 def test_a_rotation_goes_from_all_heads_of_all_layers(
     decoder: tuple[Program, DependencyGroups],
 ) -> None:

@@ -378,8 +378,7 @@ def _range(
     site: Site, source: TensorInfo, dim: int, start: Any, stop: Any, step: Any
 ) -> tuple[Any, Any]:
     """Return the new ends of ``start:stop:step`` along `dim`."""
-    field = source.field_of(dim)
-    if field is None or site.shapes.is_whole(field):
+    if site.shapes.size(source, dim) == source.shape[dim]:
         return start, stop
     for end in (start, stop):
         if isinstance(end, fx.Node):

@@ -77,6 +77,8 @@ class AtomTable:
     grids: list[Grid] = field(default_factory=list)
     products: list[Atoms] = field(default_factory=list)
     """Atoms over several dimensions, one of which a contraction sums over: queries and keys of heads meet along it."""
+    repeats: list[tuple[Atoms, Atoms]] = field(default_factory=list)
+    """Places of copies, shape (n,), and what was laid out in them, shape (rows, n): as many places as a row keeps."""
     _block_of: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
     _copies: list[tuple[int, int]] = field(default_factory=list)
     _nested: set[tuple[bytes, tuple[int, ...]]] = field(default_factory=set)

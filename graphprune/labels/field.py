@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 
 from graphprune.labels.atoms import Atoms, AtomTable
 
-__all__ = ["Field", "Fields", "coarsen", "fix", "kept_extent", "meet", "settle", "tidied"]
+__all__ = [
+    "Field",
+    "Fields",
+    "coarsen",
+    "crossed",
+    "fix",
+    "kept_extent",
+    "meet",
+    "repeated",
+    "settle",
+    "tidied",
+]
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,10 @@ def coarsen(table: AtomTable, field: Field, dims: Iterable[int]) -> Field:
         return Field(field.dims[: len(keep)], table.block(field.atoms.reshape(*shape, -1)))
     others = [axis for axis in range(len(field.dims)) if axis not in keep]
     shape = tuple(field.atoms.shape[axis] for axis in keep)
-    rows = field.atoms.transpose([*others, *keep]).reshape(-1, math.prod(shape))
-    columns = table.grid(np.ascontiguousarray(rows))
+    outer = others[0]  # what lies before all others is a block, and its inside a grid of its own
+    rows = field.atoms.transpose([*keep[:outer], *others, *keep[outer:]])
+    grids = rows.reshape(math.prod(shape[:outer]), -1, math.prod(shape[outer:]))
+    columns = np.stack([table.grid(np.ascontiguousarray(grid)) for grid in grids])
     return Field(tuple(field.dims[axis] for axis in keep), columns.reshape(shape))
 
 
@@ -103,6 +116,57 @@ def settle(
         names = field.dims[:axis] + field.dims[axis + 1 :]
         field = Field(names, table.unify_along(field.atoms, axis))
     return field
+
+
+def crossed(table: AtomTable, a: Field, b: Field) -> Field | None:
+    """Return the label of what is told apart by two labels at once, which goes with either; None where they overlap.
+
+    The two may lie in the same blocks: share their outer dimensions.
+    """
+    shared = [d for d, e in zip(a.dims, b.dims, strict=False) if d == e]
+    count = len(shared)
+    rest, last = a.dims[count:], b.dims[count:]
+    if set(rest) & set(last) or not rest or not last or a.dims[:count] != b.dims[:count]:
+        return None
+    if rest > last:
+        a, b, rest, last = b, a, last, rest
+    shape = a.atoms.shape + b.atoms.shape[count:]
+    atoms = table.fresh(math.prod(shape)).reshape(shape)
+    outer = a.atoms.shape[:count]
+    blocks = atoms.reshape(*outer, math.prod(a.atoms.shape[count:]), -1)
+    for index in np.ndindex(outer):
+        rows = table.block(blocks[index], is_head=False)
+        table.unify(rows, a.atoms[index].ravel())
+        table.unify(table.grid(blocks[index]), b.atoms[index].ravel())
+    return Field((*a.dims, *last), atoms)
+
+
+def repeated(table: AtomTable, heads: Atoms, copies: Atoms | int, node: str) -> Atoms:
+    """Return the atoms of heads that are repeated, each for several query heads.
+
+    A copy may go alone, with the query head that it meets, while as many are left of every head; dimensions go from a
+    head and all its copies.
+
+    Args:
+        table: Where the facts go.
+        heads: Shape (heads, ...), the dimensions of a head behind it.
+        copies: Atoms of a dimension that held the copies before, or how many there are.
+        node: The graph node at work.
+
+    Returns:
+        Shape (heads, copies, ...).
+    """
+    count, *inner = heads.shape
+    number = copies if isinstance(copies, int) else len(copies)
+    atoms = table.fresh(count * number * math.prod(inner)).reshape(count, number, *inner)
+    for head, own in zip(heads.reshape(count, -1), atoms.reshape(count, number, -1), strict=True):
+        table.unify(table.grid(own), head)
+    table.block(heads.reshape(count, -1))
+    rows = table.block(atoms.reshape(count, number, -1))
+    table.nest(rows, node)
+    if not isinstance(copies, int):
+        table.repeats.append((copies, rows))
+    return atoms
 
 
 def meet(

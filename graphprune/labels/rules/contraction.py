@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.labels.atoms import Atoms
-from graphprune.labels.field import Field, Fields, coarsen, meet, tidied
+from graphprune.labels.field import Field, Fields, coarsen, meet, repeated, tidied
 from graphprune.labels.rules import rule
 from graphprune.labels.rules.elementwise import FIXED
 from graphprune.labels.trace import Call, Trace
@@ -249,16 +249,21 @@ def attention(trace: Trace, call: Call) -> Any:
 
 
 def _repeated(trace: Trace, x: Tensor, heads: int) -> Tensor:
-    """Return `x` with each head as often as there are query heads for it: those of a group go together."""
+    """Return `x` with each head as often as there are query heads for it."""
     dim = x.dim() - 3
     times = heads // x.shape[dim]
     if times == 1 or x.shape[dim] == 1:
         return x
-    fields = tuple(
-        Field(f.dims, f.atoms.repeat(times, axis=f.dims.index(dim))) if dim in f.dims else f
-        for f in trace.fields(x)
-    )
-    return trace.new((*x.shape[:dim], heads, *x.shape[dim + 1 :]), x, fields)
+    fields = []
+    for field in trace.fields(x):
+        atoms = field.atoms
+        if len(field.dims) > 1 and field.dims[0] == dim:
+            copies = repeated(trace.table, atoms, times, trace.node)
+            atoms = copies.reshape(heads, *atoms.shape[1:])
+        elif dim in field.dims:
+            atoms = atoms.repeat(times, axis=field.dims.index(dim))
+        fields.append(Field(field.dims, atoms))
+    return trace.new((*x.shape[:dim], heads, *x.shape[dim + 1 :]), x, tuple(fields))
 
 
 # -- convolution --------------------------------------------------------------------------------------------------

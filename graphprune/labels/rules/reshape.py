@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.labels.field import Field, Fields
+from graphprune.labels.field import Field, Fields, crossed, repeated
 from graphprune.labels.rules import rule
 from graphprune.labels.trace import Call, Trace
 
@@ -28,18 +28,29 @@ def _reshaped(trace: Trace, fields: Fields, old: Sequence[int], new: Sequence[in
 def _one_per_group(
     trace: Trace, fields: Fields, groups: list[tuple[list[int], list[int]]]
 ) -> Fields:
-    """Settle all but one of the labels that a reshape would lay over the same dimension.
+    """Put one label in place of all those that a reshape would lay over the same dimension.
 
-    An index of the merged dimension stays where both labels stay, which is no channel of either: one of them must be
-    whole. The widest is left; copies that an expansion made never are, because the number of copies is fixed.
+    An index of the merged dimension stays where both labels stay: it is a channel of its own, that goes with either.
+    Copies that an expansion made are never left, because their number is fixed - but for copies of whole heads, which
+    `repeated` tells apart.
     """
     for ins, outs in groups:
         if len(ins) == len(outs) == 1:
             continue
         inside = [f for f in fields if any(d in ins for d in f.dims)]
+        if len(outs) == 1 and (heads := _copied_heads(trace, inside, ins)):
+            fields = (*(f for f in fields if f not in inside), heads)
+            continue
         real = [f for f in inside if not trace.table.are_copies(f.atoms)]
-        best = max(real, key=lambda f: f.atoms.size, default=None)
-        if any(f is not best for f in inside):
+        best = real[0] if real else None
+        for other in real[1:]:
+            assert best is not None
+            if (joint := crossed(trace.table, best, other)) and set(joint.dims) <= set(ins):
+                fields = (*(f for f in fields if f is not best and f is not other), joint)
+                best = joint
+            elif other.atoms.size > best.atoms.size:
+                best = other
+        if any(f is not best for f in fields if any(d in ins for d in f.dims)):
             settled = (
                 f
                 if f is best
@@ -48,6 +59,18 @@ def _one_per_group(
             )
             fields = tuple(f for f in settled if f is not None)
     return fields
+
+
+def _copied_heads(trace: Trace, fields: list[Field], dims: list[int]) -> Field | None:
+    """Return the label of heads and their copies, where a reshape lays the copies behind each head."""
+    heads = next((f for f in fields if f.dims[0] == dims[0] and len(f.dims) > 1), None)
+    copies = next((f for f in fields if f.dims == (dims[-1],)), None)
+    if heads is None or copies is None or len(fields) != 2 or len(dims) != 2:
+        return None
+    if dims[1] in heads.dims or not trace.table.are_copies(copies.atoms):
+        return None
+    atoms = repeated(trace.table, heads.atoms, copies.atoms, trace.node)
+    return Field((*dims, *heads.dims[1:]), atoms)
 
 
 def _aligned_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
