@@ -177,6 +177,9 @@ def _compare(
         except RuntimeError as error:
             raise Differs(f"the cut program does not run: {error}") from error
         info = reference.groups.labels.values[node.name]
+        source = reference.groups.labels.sources.get(str(node.target))
+        if source is not None and node.op == "get_attr":
+            old = source.renumbered(old, reference.atoms)
         difference = _difference(info, old, new, reference.atoms, node)
         if not difference <= tolerance:
             raise Differs(

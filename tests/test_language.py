@@ -106,9 +106,9 @@ def test_query_heads_that_are_viewed_beside_their_keys_go_alone() -> None:
     assert len(units) == 3
     removed = np.array([True, False, False])
     keep = groups.close(units.without(removed, groups.num_channels))
-    left = keep[groups.channels_of(Place("q.weight", 0))].reshape(2, 3, 4).all(axis=2)
-    assert left.sum(axis=1).tolist() == [2, 2]
-    assert left[0].tolist() != left[1].tolist()
+    left = np.asarray(keep[groups.channels_of(Place("q.weight", 0))]).reshape(2, 3, 4)
+    assert left.all(axis=2).sum(axis=1).tolist() == [2, 2]
+    assert (left[0] != left[1]).any()
     cut = assert_cut_is_exact(program, groups, keep)
     assert {n: tuple(t.shape) for n, t in cut.named_tensors() if "weight" in n} == {
         "q.weight": (16, 9),
@@ -124,7 +124,7 @@ def test_the_users_class_takes_fewer_query_heads() -> None:
         model, TOKENS, target="ratio=0.5", granularity="query-heads", export=False, round_to=1
     )
     smaller = result.apply_to(model)
-    assert smaller.attentions[0].repeats == 1
+    assert smaller.get_submodule("attentions.0").repeats == 1
     assert (len(smaller.get_parameter(Q)), len(smaller.get_parameter(K))) == (24, 24)
 
 

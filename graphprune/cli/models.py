@@ -79,7 +79,8 @@ def compile(
             "--granularity",
             metavar="NAMES",
             help="What may go, several with commas: channels (any); widths (channels outside of attention heads); "
-            "head-dims, query-key-dims, value-dims (those inside); heads.  [default: channels]",
+            "head-dims, query-key-dims, value-dims (those inside); heads; query-heads (of those that share a key, as "
+            "many of each).  [default: channels]",
             show_default=False,
         ),
     ] = None,

@@ -81,7 +81,8 @@ def cut_program(
 def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dict[int, Tensor]:
     """Return a cut copy of every tensor of `module`, by the identity of the original."""
     kept: dict[str, dict[int, Tensor]] = {}
-    for name, source in groups.labels.sources.items():
+    sources = groups.labels.sources
+    for name, source in sources.items():
         for dim, atoms in source.atoms.items():
             mask = keep[groups.channel_of[atoms]]
             if not mask.all():
@@ -97,6 +98,9 @@ def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dic
     with torch.no_grad():
         for name, tensor in named.items():
             memo[id(tensor)] = slice_tensor(tensor, kept.get(name, {}))
+            if name in sources:
+                left = keep[groups.channel_of]
+                memo[id(tensor)] = sources[name].renumbered(memo[id(tensor)], left)
     return memo
 
 

@@ -15,7 +15,9 @@ Nothing is resolved here; `graphprune.groups` turns the table into coupled chann
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +82,7 @@ class AtomTable:
     repeats: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     """Places of copies, shape (n,), and what was laid out in them, shape (rows, n): as many places as a row keeps."""
     _block_of: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
+    _axes: list[tuple[int, int, int]] = field(default_factory=list)
     _copies: list[tuple[int, int]] = field(default_factory=list)
     _nested: set[tuple[bytes, tuple[int, ...]]] = field(default_factory=set)
     _gridded: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
@@ -89,6 +92,22 @@ class AtomTable:
         atoms = np.arange(self.size, self.size + count)
         self.size += count
         return atoms
+
+    def axis(self, count: int, tensor: int) -> Atoms:
+        """Return fresh atoms for a dimension of the parameter, buffer or constant of that number."""
+        self._axes.append((self.size, self.size + count, tensor))
+        return self.fresh(count)
+
+    def of_one_tensor(self, a: Atoms, b: Atoms) -> bool:
+        """Whether both are dimensions of one parameter, buffer or constant, and not the same one."""
+        first, second = self._axis_of(int(a.flat[0])), self._axis_of(int(b.flat[0]))
+        return (
+            first is not None and second is not None and first[2] == second[2] and first != second
+        )
+
+    def _axis_of(self, atom: int) -> tuple[int, int, int] | None:
+        at = bisect_right(self._axes, atom, key=itemgetter(0)) - 1
+        return self._axes[at] if at >= 0 and atom < self._axes[at][1] else None
 
     def copies(self, count: int) -> Atoms:
         """Return fresh atoms for copies that broadcasting made: they are whatever they meet."""

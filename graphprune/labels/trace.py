@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -98,13 +100,15 @@ class Source:
     atoms: dict[int, Atoms] = field(default_factory=dict)
     held: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Dimensions that keep their size, those included that nothing has asked for yet: why, and at which node."""
+    counts: Atoms | None = None
+    """For whole numbers that count along a dimension of another tensor: the atoms of that dimension."""
 
     def axis(self, dim: int) -> Atoms | None:
         """Return the atoms along `dim`, which exist from the first call on; None for a size of one."""
         if self.shape[dim] <= 1:  # nothing was found: a model that runs whole makes empty tensors
             return None
         if dim not in self.atoms:
-            self.atoms[dim] = self.table.fresh(self.shape[dim])
+            self.atoms[dim] = self.table.axis(self.shape[dim], id(self))
             if dim in self.held:
                 self.table.pin(self.atoms[dim], *self.held[dim])
         return self.atoms[dim]
@@ -120,6 +124,24 @@ class Source:
             if dim in self.atoms:
                 self.table.pin(self.atoms[dim], why, node)
             self.held[dim] = (why, node)
+        if self.counts is not None:
+            self.table.pin(self.counts, why, node)
+
+    def count_along(self, atoms: Atoms) -> bool:
+        """Note that the values are numbers of `atoms`, and change with them; False where they cannot."""
+        if self.held or (self.counts is not None and len(self.counts) != len(atoms)):
+            return False
+        if self.counts is not None:
+            self.table.unify(self.counts, atoms)
+        self.counts = atoms
+        return True
+
+    def renumbered(self, values: Tensor, keep: NDArray[np.bool_]) -> Tensor:
+        """Return values of this tensor as they are when only the atoms in `keep` are left."""
+        if self.counts is None:
+            return values
+        places = torch.from_numpy(np.cumsum(keep[self.counts]) - 1).to(values.device)
+        return places[values.long() % len(places)].to(values.dtype)
 
 
 @dataclass(frozen=True)

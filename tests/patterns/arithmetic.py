@@ -114,6 +114,14 @@ def distances_by_cdist() -> Net:
     )
 
 
+@pattern("a w[0]", zeros=False)
+def distances_to_learned_places() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        return m.z(torch.exp(-torch.cdist(m.a(x), m.w)))
+
+    return Net(run, shape=(9, 5), a=lin(5, 6), z=lin(8, 4), w=nn.Parameter(torch.randn(8, 6)))
+
+
 @pattern("a b")
 def factorisation_machine() -> Net:
     def run(m: Any, x: Tensor) -> Any:

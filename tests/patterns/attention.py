@@ -129,6 +129,31 @@ def attention_multi_query() -> Net:
 
 
 @pattern("a q k v o")
+def attention_multi_query_einsum() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        x = m.a(x)
+        b, t, _ = x.shape
+        q = m.q(x).view(b, t, 2, 4)
+        weights = torch.einsum("bqhd,bkd->bhqk", q, m.k(x)).softmax(-1)
+        return m.z(m.o(torch.einsum("bhqk,bkd->bqhd", weights, m.v(x)).reshape(b, t, 8)))
+
+    return attends(run, k=lin(6, 4), v=lin(6, 4))
+
+
+@pattern("a q k v o")
+def attention_queries_viewed_beside_their_keys() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        x = m.a(x)
+        b, t, _ = x.shape
+        q = m.q(x).view(b, t, 2, 3, 4).permute(0, 2, 3, 1, 4)
+        k, v = (p(x).view(b, t, 2, 1, 4).permute(0, 2, 3, 1, 4) for p in (m.k, m.v))
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return m.z(m.o(y.permute(0, 3, 1, 2, 4).reshape(b, t, -1)))
+
+    return attends(run, q=lin(6, 24), o=lin(24, 7))
+
+
+@pattern("a q k v o")
 def attention_einsum() -> Net:
     def run(m: Any, x: Tensor) -> Any:
         x = m.a(x)

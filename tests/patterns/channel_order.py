@@ -96,13 +96,34 @@ def shuffle_strided_slices_cat() -> Net:
     return Net(run, a=conv(3, 12), z=conv(12, 7))
 
 
-@pattern("", kept="a.weight", why="indexed by number")
+@pattern("a")
 def shuffle_index_buffer() -> Net:
     return Net(
         lambda m, x: m.z(m.a(x)[:, m.order]),
         a=conv(3, 12),
         z=conv(12, 7),
         order=torch.arange(12).reshape(3, 4).t().reshape(-1),
+    )
+
+
+@pattern("a b")
+def channels_chosen_twice_by_one_buffer() -> Net:
+    """Eight of twelve channels, some counted from the end."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        return m.z(m.a(x)[:, m.order] + m.b(x)[:, m.order])
+
+    order = torch.tensor([11, 3, -3, 0, 7, -5, 2, 4])
+    return Net(run, a=conv(3, 12), b=conv(3, 12), z=conv(8, 7), order=order)
+
+
+@pattern("", kept="a.weight")
+def channels_chosen_by_numbers_that_are_computed_with() -> Net:
+    return Net(
+        lambda m, x: m.z(m.a(x)[:, m.order] * (m.order.view(1, -1, 1, 1) + x.size(0))),
+        a=conv(3, 12),
+        z=conv(12, 7),
+        order=torch.arange(12).flip(0),
     )
 
 
@@ -337,7 +358,7 @@ def index_select_of_space() -> Net:
     )
 
 
-@pattern("a", kept="b.weight", why="indexed by number")
+@pattern("a b.weight")
 def index_select_of_channels() -> Net:
     return Net(
         lambda m, x: m.z(torch.index_select(m.b(m.a(x)), 1, m.rows)),

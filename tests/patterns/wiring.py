@@ -349,7 +349,45 @@ def two_streams_bilinear_module() -> Net:
     return net.on(torch.randn(1, 5), torch.randn(1, 4))
 
 
-@pattern("b", kept="a", why="merged with another label")
+@pattern("a b z.weight[1]", zeros=False)
+def two_streams_pooled_outer_product() -> Net:
+    """Bilinear pooling: what the head reads are pairs of channels."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        u, v = (torch.relu(p(x)).flatten(2) for p in (m.a, m.b))
+        return m.z(F.normalize((u @ v.transpose(1, 2)).flatten(1)))
+
+    return Net(run, a=conv(3, 8), b=conv(3, 6), z=lin(48, 7))
+
+
+@pattern("a z.weight[1]")
+def one_stream_outer_product() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        u = torch.relu(m.a(x)).flatten(2)
+        return m.z(torch.bmm(u, u.mT).reshape(x.shape[0], -1))
+
+    return Net(run, a=conv(3, 6), z=lin(36, 7))
+
+
+@pattern("a z.weight[1]")
+def variances_from_a_diagonal() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        u = torch.relu(m.a(x)).flatten(2)
+        return m.z(torch.diagonal(torch.bmm(u, u.mT), dim1=1, dim2=2))
+
+    return Net(run, a=conv(3, 6), z=lin(6, 7))
+
+
+@pattern("a w[0]")
+def scales_on_a_diagonal() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        u = torch.relu(m.a(x)).mean((2, 3))
+        return m.z((torch.diag_embed(u) @ m.w).sum(1))
+
+    return Net(run, a=conv(3, 6), z=lin(5, 7), w=nn.Parameter(torch.randn(6, 5)))
+
+
+@pattern("a b")
 def two_streams_outer_product() -> Net:
     def run(m: Any, x: Tensor, y: Tensor) -> Any:
         outer = torch.bmm(m.a(x).unsqueeze(2), m.b(y).unsqueeze(1))

@@ -215,6 +215,26 @@ def bilinear(trace: Trace, call: Call) -> Any:
     return out if bias is None else trace.apply(torch.ops.aten.add.Tensor, out, bias)
 
 
+@rule("cdist", "_cdist_forward", "_euclidean_dist")
+def cdist(trace: Trace, call: Call) -> Any:
+    """Distances between the rows of two matrices: sums over the columns, to which zeros add nothing."""
+    a, b = call.args[:2]
+    if not trace.is_meta(a) and not trace.is_meta(b):
+        return trace.run(call)
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    rank = len(batch) + 2
+    sizes = (*batch, a.shape[-2], b.shape[-2])
+    operands = [
+        (a, [*range(rank - a.dim(), rank - 2), rank - 2, rank]),
+        (b, [*range(rank - b.dim(), rank - 2), rank - 1, rank]),
+    ]
+    for field in trace.fields(b):  # a difference needs zeros on both sides
+        if b.dim() - 1 in field.dims:
+            trace.consume(call, b, field)
+    fields = contracted(trace, call, operands, (*sizes, a.shape[-1]), rank)
+    return trace.new(sizes, a, fields)
+
+
 # -- attention ----------------------------------------------------------------------------------------------------
 
 

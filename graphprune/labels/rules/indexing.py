@@ -1,6 +1,7 @@
 """Indexing: elements picked and written by number.
 
-A dimension that is indexed cannot change, because the numbers would mean other elements; all others keep their label.
+Where the program holds the numbers in a tensor of its own, they change with the dimension that they count along. Any
+other dimension that is indexed cannot change, because the numbers would mean other elements; the rest keep their label.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def index(trace: Trace, call: Call) -> Any:
     x = call.args[0]
     if not trace.is_meta(x):
         return trace.run(call)
+    if (chosen := _chosen(trace, call, x)) is not None:
+        return chosen
     for tensor in call.tensors()[1:]:
         trace.freeze(tensor, "holds indices")
     out = trace.run(call)
@@ -38,6 +41,35 @@ def index(trace: Trace, call: Call) -> Any:
         touched = {call.arg(1, "dim", call.kwargs.get("dimension", 0)) % x.dim()}
         kept = {d: d for d in range(x.dim()) if d not in touched}
     return trace.label(out, _kept_fields(trace, x, kept))
+
+
+def _chosen(trace: Trace, call: Call, x: Tensor) -> Tensor | None:
+    """Return channels chosen or reordered by a vector of numbers that the program holds; None for anything else."""
+    if call.name == "aten::index_select":
+        dim, numbers = call.arg(1, "dim") % x.dim(), call.arg(2, "index")
+    elif call.name in ("aten::index", "aten::_unsafe_index"):
+        given = list(call.args[1])
+        used = [d for d, i in enumerate(given) if i is not None]
+        dim, numbers = used[0], given[used[0]]
+        if len(used) > 1:
+            return None
+    else:
+        return None
+    source = trace.source(numbers)
+    field = next((f for f in trace.fields(x) if f.dims == (dim,)), None)
+    if field is None or source is None or not source.name or trace.is_joint(x):
+        return None
+    if numbers.dtype not in (torch.int32, torch.int64) or numbers.dim() != 1 or len(numbers) < 2:
+        return None
+    if not source.count_along(field.atoms):
+        return None
+    atoms = field.atoms[numbers.cpu().numpy() % x.shape[dim]]
+    own = source.axis(0)
+    assert own is not None
+    trace.unify(own, atoms)
+    others = [f for f in trace.fields(x) if f is not field]
+    shape = (*x.shape[:dim], len(atoms), *x.shape[dim + 1 :])
+    return trace.new(shape, x, (*others, Field((dim,), atoms)))
 
 
 def _indexed(trace: Trace, x: Tensor, indices: list[Any], out: Tensor) -> Fields:
@@ -172,6 +204,52 @@ def index_put(trace: Trace, call: Call) -> Any:
         picked = trace.label(picked, _indexed(trace, x, indices, picked))
         met(trace, [picked, values], picked.dim())
     return trace.new(x.shape, x, fields)
+
+
+@rule("diagonal", "linalg_diagonal")
+def diagonal(trace: Trace, call: Call) -> Any:
+    """Take a diagonal: along it both dimensions are the same channels."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    first, second = (0, 1) if call.name == "aten::diagonal" else (-2, -1)
+    offset = call.arg(1, "offset", 0)
+    a, b = call.arg(2, "dim1", first) % x.dim(), call.arg(3, "dim2", second) % x.dim()
+    out = trace.run(call)
+    rest = [d for d in range(x.dim()) if d not in (a, b)]
+    place = {d: i for i, d in enumerate(rest)}
+    along = [f for f in trace.fields(x) if f.dims in ((a,), (b,))]
+    if offset or x.shape[a] != x.shape[b] or len(along) < 2:
+        along = []
+    fields = [
+        Field(tuple(place[d] for d in f.dims), f.atoms)
+        for one in trace.fields(x)
+        if not any(one is f for f in along)
+        and (f := trace.settle(one, {a, b} & set(one.dims), "a diagonal is taken of it"))
+    ]
+    if along:
+        trace.unify(along[0].atoms, along[1].atoms)
+        fields.append(Field((out.dim() - 1,), along[0].atoms))
+    return trace.label(out, tuple(fields))
+
+
+@rule("diag_embed")
+def diag_embed(trace: Trace, call: Call) -> Any:
+    """Lay the last dimension on the diagonal of a matrix of zeros: both dimensions are the same channels."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    out = trace.run(call)
+    last = x.dim() - 1
+    a, b = (call.arg(i, n, d) % out.dim() for i, n, d in ((2, "dim1", -2), (3, "dim2", -1)))
+    rest = [d for d in range(out.dim()) if d not in (a, b)]
+    fields: list[Field] = []
+    for field in trace.fields(x):
+        if field.dims == (last,) and not call.arg(1, "offset", 0):
+            fields += [Field((a,), field.atoms), Field((b,), field.atoms)]
+        elif left := trace.settle(field, {last} & set(field.dims), "laid on a diagonal"):
+            fields.append(left.moved(rest))
+    return trace.label(out, tuple(fields))
 
 
 @rule("tril", "triu")

@@ -45,7 +45,10 @@ def _one_per_group(
         best = real[0] if real else None
         for other in real[1:]:
             assert best is not None
-            if (joint := crossed(trace.table, best, other)) and set(joint.dims) <= set(ins):
+            # Dimensions of one weight are no labels of their own: they are what is merged and split again.
+            is_weight = trace.table.of_one_tensor(best.atoms, other.atoms)
+            joint = None if is_weight else crossed(trace.table, best, other)
+            if joint and set(joint.dims) <= set(ins):
                 fields = (*(f for f in fields if f is not best and f is not other), joint)
                 best = joint
             elif other.atoms.size > best.atoms.size:
