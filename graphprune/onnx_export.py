@@ -87,12 +87,33 @@ def export_onnx(program: Program, path: str | Path, *, opset: int | None = None)
     path = Path(path)
     exported = export_program(program)
     _pin_strides(exported)
+    model = _converted(program, exported, opset, optimize=True)
+    try:
+        weights = _write(model, path)
+    except ExportError:  # the exporter's own optimizer can leave out a node that others read
+        model = _converted(program, exported, opset, optimize=False)
+        weights = _write(model, path)
+    files = [path] if weights is None else [path, weights]
+    return OnnxFile(
+        path=path,
+        weights=weights,
+        num_bytes=sum(file.stat().st_size for file in files),
+        opset=model.opset_imports[""],
+        inputs=tuple(str(value.name) for value in model.graph.inputs),
+        outputs=tuple(str(value.name) for value in model.graph.outputs),
+    )
+
+
+def _converted(
+    program: Program, exported: ExportedProgram, opset: int | None, *, optimize: bool
+) -> ir.Model:
+    """Return what torch's exporter makes of a program, without what describes the export."""
     try:
         with exporter_quiet():
             converted = torch.onnx.export(
                 exported,
                 dynamo=True,
-                optimize=True,
+                optimize=optimize,
                 verbose=False,
                 opset_version=opset,
                 input_names=_input_names(exported),
@@ -104,18 +125,8 @@ def export_onnx(program: Program, path: str | Path, *, opset: int | None = None)
         ) from error
     if converted is None:
         raise ExportError(f"torch's ONNX exporter gave no model for {program.source}")
-    model = converted.model
-    _strip(model)
-    weights = _write(model, path)
-    files = [path] if weights is None else [path, weights]
-    return OnnxFile(
-        path=path,
-        weights=weights,
-        num_bytes=sum(file.stat().st_size for file in files),
-        opset=model.opset_imports[""],
-        inputs=tuple(str(value.name) for value in model.graph.inputs),
-        outputs=tuple(str(value.name) for value in model.graph.outputs),
-    )
+    _strip(converted.model)
+    return converted.model
 
 
 def _pin_strides(exported: ExportedProgram) -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -100,6 +102,27 @@ def test_outputs_take_the_names_of_their_places(tmp_path: Path) -> None:
     written = export_onnx(program, tmp_path / "named.onnx")
     assert written.inputs == ("out", "other")
     assert written.outputs == ("output_out", "pair_0", "pair_1", "output_2nd")
+    assert parity(program, open_session(written.path, "cpu")).passed
+
+
+def test_where_the_exporters_optimizer_breaks_the_graph_it_is_left_out(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = torch.onnx.export
+    asked = []
+
+    def broken(*arguments: Any, optimize: bool, **options: Any) -> Any:
+        asked.append(optimize)
+        converted = export(*arguments, optimize=optimize, **options)
+        assert converted is not None
+        if optimize:  # a node that reads what no other gives
+            node = next(n for n in converted.model.graph if n.op_type == "Relu")
+            node.replace_input_with(0, ir.Value(name="nowhere"))
+        return converted
+
+    monkeypatch.setattr(torch.onnx, "export", broken)
+    written = export_onnx(program, tmp_path / "model.onnx")
+    assert asked == [True, False]
     assert parity(program, open_session(written.path, "cpu")).passed
 
 

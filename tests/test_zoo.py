@@ -76,11 +76,9 @@ FAILED = Row(
 )
 
 
-def test_the_suite_is_every_model_but_detectors_flow_and_quantized_ones() -> None:
+def test_the_suite_is_every_model_but_detectors_and_quantized_ones() -> None:
     elsewhere = {
-        name
-        for module in (tv.detection, tv.optical_flow, tv.quantization)
-        for name in tv.list_models(module)
+        name for module in (tv.detection, tv.quantization) for name in tv.list_models(module)
     }
     names = [m.name for m in torchvision_models()]
     assert len(names) == len(set(names))
@@ -128,6 +126,16 @@ def test_the_longest_prefix_decides() -> None:
     assert by_name["vit_b_16"].shape == (3, 64, 64)
     assert by_name["swin3d_t"].input_text == "3x8x64x64"
     assert by_name["swin_t"].input_text == "3x128x128"
+
+
+@pytest.mark.slow
+def test_optical_flow_takes_two_images() -> None:
+    (raft,) = select(torchvision_models(), ["raft_small"])
+    first, second = raft.example(batch=2)
+    assert first.shape == second.shape == (2, 3, 128, 128)
+    row = run_model(raft, Job(export=False))
+    assert row.failure is None
+    assert row.tracer == "export"
 
 
 def test_the_fast_suite_covers_the_families() -> None:

@@ -27,11 +27,14 @@ _CHECKS = (
     "aten._foobar",
     "profiler.",
 )
+_CONSTANT = "aten.lift_fresh_copy.default"
+"""A constant that the code makes anew in every call."""
 _PASS_THROUGH = {
-    "aten.lift_fresh_copy.default",
+    _CONSTANT,
     "aten.lift_fresh.default",
     "aten.alias.default",
     "aten.detach.default",
+    "aten.detach_.default",
 }
 _KEPT_META = ("nn_module_stack",)
 
@@ -99,12 +102,16 @@ def flatten_program(
     values: dict[fx.Node, Any] = {}
     root: dict[str, Any] = {}
     out_spec = source.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    has_writes = any(map(_is_write, source.graph.nodes))
     for node in source.graph.nodes:
         if node.op == "output":
             flat = fx.map_arg(node.args[0], lambda n: values[n])
             graph.output(_plain(pytree.tree_unflatten(list(flat), out_spec)))
         elif _is_check(node):
             continue
+        elif str(node.target) == _CONSTANT and has_writes:
+            constant = values[node.args[0]]
+            values[node] = graph.call_function(torch.ops.aten.clone.default, (constant,))
         elif str(node.target) in _PASS_THROUGH:
             values[node] = values[node.args[0]]
         else:
@@ -133,6 +140,12 @@ def _is_check(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     return str(node.target).startswith(_CHECKS) or node.target in (torch._check, torch._assert)
+
+
+def _is_write(node: fx.Node) -> bool:
+    """Say whether a node changes a tensor that it is given."""
+    is_operator = isinstance(node.target, torch._ops.OpOverload)
+    return is_operator and node.target._schema.is_mutable and str(node.target) not in _PASS_THROUGH  # type: ignore[union-attr]
 
 
 def _plain(value: Any) -> Any:

@@ -145,6 +145,12 @@ def _clean(graph: fx.Graph, root: nn.Module) -> None:
             raise OpaqueFunctionError(f"node {node.name} calls the Python function {name}")
     settle_in_place(graph, root)
     erase_dead(graph, root)
+    for node in graph.nodes:
+        written = node.args[0] if node.args and _is_impure(node, root) else None
+        if isinstance(written, fx.Node) and str(written.target).startswith("_tensor_constant"):
+            raise OpaqueFunctionError(
+                f"node {node.name} writes into a tensor that forward makes anew in every call"
+            )
 
 
 def erase_dead(graph: fx.Graph, root: nn.Module) -> None:

@@ -22,7 +22,7 @@ from graphprune.zoo import timm_table
 
 __all__ = ["FAST", "SUITES", "ZooModel", "select", "timm_models", "torchvision_models", "vary"]
 
-Kind = Literal["classification", "segmentation", "video", "transformers"]
+Kind = Literal["classification", "segmentation", "video", "optical-flow", "transformers"]
 Library = Literal["torchvision", "timm", "transformers"]
 
 FAST = (
@@ -84,8 +84,11 @@ class ZooModel:
         return model
 
     def example(self, *, batch: int = 1, seed: int = 0) -> Any:
-        """Return standard normal inputs."""
-        return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(seed))
+        """Return standard normal inputs; for optical flow the two images, between which things move."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.kind == "optical-flow":
+            return tuple(torch.randn(batch, *self.shape, generator=generator) for _ in range(2))
+        return torch.randn(batch, *self.shape, generator=generator)
 
 
 def vary(model: nn.Module) -> None:
@@ -106,7 +109,7 @@ def vary(model: nn.Module) -> None:
                 tensor.mul_(torch.empty_like(tensor).uniform_(0.5, 1.5))
 
 
-def _calibrate(model: nn.Module, example: Tensor) -> None:
+def _calibrate(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> None:
     """Give batch norms the statistics of `example`.
 
     With any others, half the channels of a deep fresh model are zero wherever one looks: a wrong cut of them would not
@@ -120,7 +123,7 @@ def _calibrate(model: nn.Module, example: Tensor) -> None:
         norm.momentum = 1.0
         norm.train()
     with torch.no_grad():
-        model(example)
+        model(*example) if isinstance(example, tuple) else model(example)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
@@ -137,12 +140,14 @@ _LISTS: Mapping[Kind, ModuleType] = {
     "classification": tv,
     "segmentation": tv.segmentation,
     "video": tv.video,
+    "optical-flow": tv.optical_flow,
 }
 
 _DEFAULTS: Mapping[Kind, tuple[tuple[int, ...], Mapping[str, Any]]] = {
     "classification": ((3, 64, 64), {}),
     "segmentation": ((3, 64, 64), {"weights_backbone": None}),
     "video": ((3, 8, 56, 56), {}),
+    "optical-flow": ((3, 128, 128), {}),  # an eighth of it is pooled four times
 }
 
 # The longest prefix of a name decides. Windows of 7 want sides that they do not divide, of more than one window.
@@ -160,7 +165,7 @@ _SPECIAL: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]] = {
 
 
 def torchvision_models() -> tuple[ZooModel, ...]:
-    """Return every classification, segmentation and video model of torchvision, in the order of its own lists."""
+    """Return every model of torchvision but for detectors, in the order of its own lists."""
     return tuple(
         _model(name, kind) for kind, module in _LISTS.items() for name in tv.list_models(module)
     )

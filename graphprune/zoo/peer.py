@@ -18,7 +18,7 @@ from graphprune.errors import UsageError
 __all__ = ["attempt", "count_parameters", "output_shapes", "processor_time", "torch_pruning"]
 
 
-def torch_pruning(ratio: float) -> Callable[[nn.Module, Tensor], nn.Module]:
+def torch_pruning(ratio: float) -> Callable[[nn.Module, Any], nn.Module]:
     """Return a function that cuts a model in place to fewer of every group's channels, by L2 magnitude.
 
     As in Torch-Pruning's examples for torchvision and timm: the classifier's output stays, the heads of fused queries,
@@ -35,7 +35,7 @@ def torch_pruning(ratio: float) -> Callable[[nn.Module, Tensor], nn.Module]:
     except ImportError as error:
         raise UsageError("the comparison needs Torch-Pruning: pip install -e '.[bench]'") from error
 
-    def run(model: nn.Module, example: Tensor) -> nn.Module:
+    def run(model: nn.Module, example: Any) -> nn.Module:
         fused = [m for m in model.modules() if _is_fused_attention(m)]
         pruner = tp.pruner.MagnitudePruner(
             model,
@@ -62,12 +62,14 @@ def torch_pruning(ratio: float) -> Callable[[nn.Module, Tensor], nn.Module]:
     return run
 
 
-def attempt(model: nn.Module, example: Tensor, *, ratio: float, limit_s: float) -> str:
+def attempt(
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], *, ratio: float, limit_s: float
+) -> str:
     """Return ``runs``, and what is left of the parameters, or how Torch-Pruning fails.
 
     Args:
         model: Is cut in place.
-        example: One batch.
+        example: One batch, or the tensors of one.
         ratio: What is to go of every group.
         limit_s: Seconds of processor time after which it is given up.
 
@@ -76,13 +78,14 @@ def attempt(model: nn.Module, example: Tensor, *, ratio: float, limit_s: float) 
     """
     run = torch_pruning(ratio)
     before = count_parameters(model)
+    inputs = example if isinstance(example, tuple) else (example,)
     try:
         with processor_time(limit_s):
             with torch.no_grad():
-                expected = output_shapes(model(example))
-            cut = run(model, example)
+                expected = output_shapes(model(*inputs))
+            cut = run(model, inputs)
             with torch.no_grad():
-                found = output_shapes(cut(example))
+                found = output_shapes(cut(*inputs))
     # Whatever it raises is its result on this model.
     except Exception as error:
         return f"fails: {type(error).__name__}"

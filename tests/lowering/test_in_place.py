@@ -125,3 +125,30 @@ def test_writes_are_cut_and_exported(run: Forward) -> None:
     assert {"capture", "surgery", "onnx", "exported_program"} <= set(report.checks)
     assert all(check is not None and check.passed for check in report.checks.values())
     assert report.removed.channels
+
+
+def added_to_a_constant(m: Any, x: Tensor) -> Any:
+    weights = torch.tensor([1.0, 2.0]).repeat(4)
+    weights += x.mean()
+    return m.b(m.a(x)) * weights.view(1, 8, 1, 1)
+
+
+def written_into_a_constant(m: Any, x: Tensor) -> Any:
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).view(2, 4)
+    weights[0] = x.sum()
+    return m.b(m.a(x)) * weights.sum(0).repeat(2).view(1, 8, 1, 1)
+
+
+@pytest.mark.parametrize("run", [added_to_a_constant, written_into_a_constant])
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_a_constant_is_made_anew_in_every_call(run: Forward, is_exported: bool) -> None:
+    net, x = Net(run).eval(), torch.randn(2, 3, 5, 5)
+    program = gp.capture(torch.export.export(net, (x,)) if is_exported else net, x)
+    assert program.dialect == "export"
+    for seed in range(3):
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(program.module(x), net(x))
+    result = gp.compile(program, target="macs=0.6", export=False)
+    surgery = result.report.checks["surgery"]
+    assert surgery is not None
+    assert surgery.passed
