@@ -408,6 +408,11 @@ def _pins(
         fresh = np.unique(channels[~pinned[channels]])
         pinned[channels] = True
         reasons.update(dict.fromkeys(fresh.tolist(), f"{pin.why} (node {pin.node})"))
+    sizes = np.bincount(channel_of, minlength=num_channels)
+    for places, _ in table.repeats:  # copies that met something are not alike: none goes
+        differ = channel_of[places][sizes[channel_of[places]] > 1]
+        pinned[differ] = True
+        reasons.update(dict.fromkeys(differ.tolist(), "a copy of a head that differs from others"))
     while len(blocks.rows):
         held = np.logical_or.reduceat(pinned[blocks.members], blocks.starts) & ~pinned[blocks.rows]
         if not held.any():

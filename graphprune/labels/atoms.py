@@ -80,7 +80,7 @@ class AtomTable:
     products: list[Atoms] = field(default_factory=list)
     """Atoms over several dimensions, one of which a contraction sums over: queries and keys of heads meet along it."""
     repeats: list[tuple[Atoms, Atoms]] = field(default_factory=list)
-    """Places of copies, shape (n,), and what was laid out in them, shape (rows, n): as many places as a row keeps."""
+    """Places of copies and what was laid out in them; see `repeat`."""
     _block_of: dict[tuple[bytes, tuple[int, ...]], Atoms] = field(default_factory=dict)
     _axes: list[tuple[int, int, int]] = field(default_factory=list)
     _copies: list[tuple[int, int]] = field(default_factory=list)
@@ -158,6 +158,16 @@ class AtomTable:
             self.grids.append(Grid(atoms, columns))
             self._gridded[key] = columns
         return self._gridded[key]
+
+    def repeat(self, places: Atoms, rows: Atoms, node: str) -> None:
+        """Note that the copies in `places`, shape (n,), were laid out as `rows`, shape (heads, n).
+
+        As many places are left as every row keeps.
+        """
+        for others, theirs in self.repeats:
+            if others is places:
+                self.nest(np.concatenate([theirs, rows]), node)
+        self.repeats.append((places, rows))
 
     def nest(self, atoms: Atoms, node: str) -> None:
         """Note that a tensor holds `atoms` over two or more dimensions, outermost first."""

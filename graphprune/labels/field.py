@@ -165,7 +165,7 @@ def repeated(table: AtomTable, heads: Atoms, copies: Atoms | int, node: str) -> 
     rows = table.block(atoms.reshape(count, number, -1))
     table.nest(rows, node)
     if not isinstance(copies, int):
-        table.repeats.append((copies, rows))
+        table.repeat(copies, rows, node)
     return atoms
 
 

@@ -119,6 +119,39 @@ def attention_grouped_queries_expanded() -> Net:
 
 
 @pattern("a q k v o")
+def attention_grouped_queries_of_keys_that_are_scaled_apart() -> Net:
+    """Each of the copies of a key has a factor of its own, so none of them stands for another."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        x = m.a(x)
+        b, t, _ = x.shape
+        k, v = split(m.k(x)), split(m.v(x))
+        k, v = (p[:, :, None].expand(b, 2, 3, t, 4) for p in (k, v))
+        k = (k * m.w.view(1, 1, 3, 1, 1)).reshape(b, 6, t, 4)
+        y = F.scaled_dot_product_attention(split(m.q(x), 6), k, v.reshape(b, 6, t, 4))
+        return m.z(m.o(join(y)))
+
+    return attends(run, q=lin(6, 24), o=lin(24, 7), w=nn.Parameter(torch.rand(3) + 0.5))
+
+
+@pattern("a q p k v o")
+def attention_of_two_sets_of_queries_to_the_same_copies() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        x = m.a(x)
+        b, t, _ = x.shape
+        k, v = (split(p)[:, :, None].expand(b, 2, 3, t, 4) for p in (m.k(x), m.v(x)))
+        first, second = (
+            F.scaled_dot_product_attention(
+                split(q, 6), k.reshape(b, 6, t, 4), v.reshape(b, 6, t, 4)
+            )
+            for q in (m.q(x), m.p(x))
+        )
+        return m.z(m.o(torch.cat([join(first), join(second)], -1)))
+
+    return attends(run, q=lin(6, 24), p=lin(6, 24), o=lin(48, 7))
+
+
+@pattern("a q k v o")
 def attention_multi_query() -> Net:
     def run(m: Any, x: Tensor) -> Any:
         x = m.a(x)
