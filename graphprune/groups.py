@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -245,10 +245,11 @@ class DependencyGroups(Facts):
             keep[places] = np.arange(len(places)) < keep[rows].sum(axis=-1).max()
         return keep
 
-    def goes_with(self, channel: int) -> Atoms:
-        """Return what goes where one channel does: itself, its members, and blocks that nothing is left of."""
+    def goes_with(self, channels: Iterable[int]) -> Atoms:
+        """Return what goes where some channels do: themselves, their members, and blocks that nothing is left of."""
         blocks = self.blocks
-        gone, queue, missing = {channel}, [channel], Counter[int]()
+        gone = set(map(int, channels))
+        queue, missing = list(gone), Counter[int]()
         while queue:
             current = queue.pop()
             found = [m for block in blocks.at(current) for m in blocks.inside(block)]

@@ -280,10 +280,10 @@ def _channel_sets(
     for cluster in _clusters([elements.of_channel[nest] for nest in groups.nests]):
         for array in cluster:
             standing[array] = False
-        sets += [elements.expanded(s) for s in _tied(cluster, elements)]
+        sets += [_closed(groups, elements.expanded(s)) for s in _tied(cluster, elements)]
     for nest in groups.nests:
         nested[nest] |= len(_rows(nest)) > 1
-    sets.append(elements.expanded(_Sets.singles(np.flatnonzero(standing))))
+    sets.append(_closed(groups, elements.expanded(_Sets.singles(np.flatnonzero(standing)))))
     alone = free & (owner >= 0) & ~nested
     whole = (_with_members(groups, int(c)) for c in np.flatnonzero(alone & composite))
     return [
@@ -341,9 +341,26 @@ class _Elements:
         return _Sets(flat[_runs(starts, widths, sets.channels)], lengths.astype(np.int64))
 
 
+def _closed(groups: DependencyGroups, sets: _Sets) -> _Sets:
+    """Return sets that share nothing, each with what goes along: members of its blocks that are outside of it."""
+    blocks = groups.blocks
+    if not len(blocks.rows):
+        return sets
+    of_channel = np.full(groups.num_channels, -1)
+    of_channel[sets.channels] = np.repeat(np.arange(len(sets.lengths)), sets.lengths)
+    rows = of_channel[blocks.rows][blocks.owner]
+    open_sets = set(rows[(rows >= 0) & (of_channel[blocks.members] != rows)].tolist())
+    if not open_sets:
+        return sets
+    return _Sets.of(
+        groups.goes_with(members) if number in open_sets else members
+        for number, members in enumerate(sets)
+    )
+
+
 def _with_members(groups: DependencyGroups, channel: int) -> Atoms | None:
     """Return `channel` and what goes with it when it is a block; None where a part of it must stay."""
-    removed = groups.goes_with(channel)
+    removed = groups.goes_with([channel])
     return None if groups.pinned[removed].any() else removed
 
 

@@ -76,7 +76,7 @@ class Gates(nn.Module):
     """One trainable number per removal unit; calling it returns the gate of every coupled channel, exactly 0 or 1."""
 
     unit_of: Tensor
-    """For each granularity, the unit of every coupled channel, or the number of units where none holds it."""
+    """The units of every coupled channel, one per row; the number of units where there is no other."""
     keep: Tensor
     """What the gates are once they are frozen."""
 
@@ -86,7 +86,7 @@ class Gates(nn.Module):
         """Open all gates.
 
         Args:
-            units: What the gates open and shut; units of different granularity may hold the same channel.
+            units: What the gates open and shut; several may hold the same channel.
             num_channels: How many coupled channels there are.
             start: Positive numbers to start from, shape (len(units),).
             shape: Gradient shape.
@@ -94,14 +94,13 @@ class Gates(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(start.clamp(0.0, LIMIT))
         self.shape: Shape = shape
-        rows = []
-        for is_head in (False, True):
-            row = np.full(num_channels, len(units), np.int64)
-            inside = units.is_head[units.owner] == is_head
-            row[units.channels[inside]] = units.owner[inside]
-            if inside.any() or not is_head:
-                rows.append(row)
-        self.register_buffer("unit_of", torch.from_numpy(np.stack(rows)))
+        order = np.argsort(units.channels, kind="stable")
+        channels = units.channels[order]
+        first = np.searchsorted(channels, channels)
+        rank = np.arange(len(channels)) - first
+        rows = np.full((int(rank.max(initial=0)) + 1, num_channels), len(units), np.int64)
+        rows[rank, channels] = units.owner[order]
+        self.register_buffer("unit_of", torch.from_numpy(rows))
         self.register_buffer("keep", torch.ones(num_channels, dtype=start.dtype))
         self.is_frozen = False
 

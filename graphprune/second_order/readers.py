@@ -62,7 +62,13 @@ def unit_groups(
     for number in np.unique(units.group):
         group = groups[int(number)]
         inside = np.flatnonzero(units.group == number)
-        mine = np.unique(np.concatenate([units.members(int(u)) for u in inside]))
+        mine, times = np.unique(
+            np.concatenate([units.members(int(u)) for u in inside]), return_counts=True
+        )
+        if units.is_head[inside].max() == units.is_head[inside].min() and times.max() > 1:
+            why = "its channels go with several others: nothing says which of them makes up for it"
+            kept.append(Kept(f"{group.name} ({len(group)} channels)", why))
+            continue
         nodes = {node for node, channels in reading.items() if np.isin(channels, mine).any()}
         strangers = sorted(nodes - known.keys())
         if strangers or not nodes:
