@@ -6,11 +6,12 @@ third of a small model's bytes. They are removed, so that equal programs give eq
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -85,8 +87,7 @@ def export_onnx(program: Program, path: str | Path, *, opset: int | None = None)
         OutputError: The file cannot be written.
     """
     path = Path(path)
-    exported = export_program(program)
-    _pin_strides(exported)
+    exported = _with_plain_attention(export_program(program))
     model = _converted(program, exported, opset, optimize=True)
     try:
         weights = _write(model, path)
@@ -109,7 +110,7 @@ def _converted(
 ) -> ir.Model:
     """Return what torch's exporter makes of a program, without what describes the export."""
     try:
-        with exporter_quiet():
+        with exporter_quiet(), _pinned_strides(exported):
             converted = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -129,21 +130,68 @@ def _converted(
     return converted.model
 
 
-def _pin_strides(exported: ExportedProgram) -> None:
-    """Make the output of every attention contiguous.
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _with_plain_attention(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program with attention in parts where it has more or fewer dimensions than the exporter knows."""
+    attentions = [n for n in exported.graph.nodes if n.target is _ATTENTION]
+    if all(n.args[0].meta["val"].dim() == 4 for n in attentions):
+        return exported
+    decomposed: ExportedProgram = exported.run_decompositions({_ATTENTION: _attention})
+    return decomposed
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as torch documents it, in operators that the exporter knows in any number of dimensions."""
+    if enable_gqa:
+        key, value = (
+            t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value)
+        )
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value
+
+
+@contextlib.contextmanager
+def _pinned_strides(exported: ExportedProgram) -> Iterator[None]:
+    """Make the output of every attention contiguous, for a while.
 
     The exporter turns a reshape behind it into a view by the strides of the traced kernel's output, then decomposes
     attention into products with other strides, and cannot view those.
     """
     clone, memory = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
+    copies = []
     for node in list(exported.graph.nodes):
-        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        if node.target is _ATTENTION:
             with exported.graph.inserting_after(node):
                 copy = exported.graph.call_function(clone, (node,), dict(memory))
             copy.meta = dict(node.meta)
             node.replace_all_uses_with(
                 copy, delete_user_cb=lambda user, copy=copy: user is not copy
             )
+            copies.append(copy)
+    try:
+        yield
+    finally:
+        for copy in copies:
+            copy.replace_all_uses_with(copy.args[0])
+            exported.graph.erase_node(copy)
 
 
 def _input_names(exported: ExportedProgram) -> list[str]:

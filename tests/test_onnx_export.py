@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import graphprune as gp
 from graphprune import onnx_export
 from graphprune.errors import ExportError
 from graphprune.onnx_export import export_onnx
@@ -123,6 +124,38 @@ def test_where_the_exporters_optimizer_breaks_the_graph_it_is_left_out(
     monkeypatch.setattr(torch.onnx, "export", broken)
     written = export_onnx(program, tmp_path / "model.onnx")
     assert asked == [True, False]
+    assert parity(program, open_session(written.path, "cpu")).passed
+
+
+class _Windows(nn.Module):
+    """Attention in windows: five dimensions, with each kind of mask."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.qkv = nn.Linear(6, 24)
+        self.bias = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], 3, 5, 4, 6).transpose(2, 3).split(2, -1)
+        masks: dict[str, dict[str, Any]] = {
+            "none": {},
+            "causal": {"is_causal": True},
+            "float": {"attn_mask": self.bias},
+            "bool": {"attn_mask": self.bias.detach().abs().argsort(1) < 4},
+            "grouped": {"enable_gqa": True},
+        }
+        if self.kind == "grouped":
+            k, v = k[..., :2, :, :], v[..., :2, :, :]
+        y: Tensor = nn.functional.scaled_dot_product_attention(q, k, v, **masks[self.kind])
+        return y.transpose(2, 3).flatten(3)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "float", "bool", "grouped"])
+def test_attention_of_any_number_of_dimensions(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = gp.capture(_Windows(kind).eval(), torch.randn(2, 3, 5, 6))
+    written = export_onnx(program, tmp_path / "model.onnx")
     assert parity(program, open_session(written.path, "cpu")).passed
 
 
