@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -45,7 +46,10 @@ def captured(net: Net, dialect: str) -> Program:
         return gp.capture(net, net.example)
     if dialect == "export":
         return _export_module(net, net.example, "Net", [])
-    core = torch.export.export(net, net.example, strict=False).run_decompositions()
+    with warnings.catch_warnings():
+        # Recurrent modules list their parameters anew, and hooks compute a weight out of others.
+        warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)
+        core = torch.export.export(net, net.example, strict=False).run_decompositions()
     return _capture_exported(core, net.example, source="Net")
 
 

@@ -496,26 +496,39 @@ def _group_norm(site: Site) -> None:
         site.put(1, "num_groups", site.size(groups, site.shapes.size(source, 1)))
 
 
+@literals_of("native_group_norm")
+def _native_group_norm(site: Site) -> None:
+    source, groups = site.info(site.node.args[0]), site.node.args[6]
+    channels = site.shapes.size(source, 1)
+    site.put(4, "C", site.size(site.node.args[4], channels))
+    if groups == source.shape[1]:
+        site.put(6, "group", site.size(groups, channels))
+
+
 @literals_of("conv1d", "conv2d", "conv3d")
 def _convolution(site: Site) -> None:
-    groups = site.arg(6, "groups", 1)
-    if groups == 1:
-        return
-    source, weight = site.info(site.node.args[0]), site.info(site.node.args[1])
-    channel = len(source.shape) - len(weight.shape) + 1
-    wanted = site.shapes.size(source, channel) // site.shapes.size(weight, 1)
-    site.put(6, "groups", site.size(groups, wanted))
+    _write_groups(site, 6, site.info(site.node.args[0]))
 
 
 @literals_of("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _transposed(site: Site) -> None:
-    groups = site.arg(6, "groups", 1)
+    _write_groups(site, 6, site.out)
+
+
+@literals_of("convolution", "_convolution")
+def _any_convolution(site: Site) -> None:
+    _write_groups(site, 8, site.out if site.node.args[6] else site.info(site.node.args[0]))
+
+
+def _write_groups(site: Site, position: int, split: TensorInfo) -> None:
+    """Rewrite the number of groups, each of as many channels of `split` as the weight's second dimension has."""
+    groups = site.arg(position, "groups", 1)
     if groups == 1:
         return
     weight = site.info(site.node.args[1])
-    channel = len(site.out.shape) - len(weight.shape) + 1
-    wanted = site.shapes.size(site.out, channel) // site.shapes.size(weight, 1)
-    site.put(6, "groups", site.size(groups, wanted))
+    channel = len(split.shape) - len(weight.shape) + 1
+    wanted = site.shapes.size(split, channel) // site.shapes.size(weight, 1)
+    site.put(position, "groups", site.size(groups, wanted))
 
 
 @literals_of("scaled_dot_product_attention")

@@ -136,6 +136,7 @@ def group_norm(trace: Trace, call: Call) -> Any:
     params = list(call.args[1:3]) if native else [call.arg(2, "weight"), call.arg(3, "bias")]
     fields = _met_along(trace, x, params, 1)
     joint = next((f for f in fields if 1 in f.dims), None)
+    own: tuple[Field, ...] = ()
     for field in fields:
         if field is not joint:
             trace.settle(field, field.dims, "group norm runs over it")
@@ -150,6 +151,10 @@ def group_norm(trace: Trace, call: Call) -> Any:
             if groups > 1:
                 trace.table.nest(rows, trace.node)
                 trace.pin(trace.table.block(rows, is_head=False), "a normalisation group stays")
+        else:
+            own = (Field((1,), settled.atoms),)
         fields = (settled,)
     out = trace.new(x.shape, x, fields)
-    return (out, trace.new((0,), x), trace.new((0,), x)) if native else out
+    if not native:
+        return out
+    return (out, *(trace.new((x.shape[0], groups), x, own) for _ in range(2)))
