@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
