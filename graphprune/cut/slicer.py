@@ -82,9 +82,10 @@ def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dic
     """Return a cut copy of every tensor of `module`, by the identity of the original."""
     kept: dict[str, dict[int, Tensor]] = {}
     sources = groups.labels.sources
+    left = keep[groups.channel_of]
     for name, source in sources.items():
         for dim, atoms in source.atoms.items():
-            mask = keep[groups.channel_of[atoms]]
+            mask = left[atoms]
             if not mask.all():
                 kept.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
     memo: dict[int, Tensor] = {}
@@ -99,7 +100,6 @@ def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dic
         for name, tensor in named.items():
             memo[id(tensor)] = slice_tensor(tensor, kept.get(name, {}))
             if name in sources:
-                left = keep[groups.channel_of]
                 memo[id(tensor)] = sources[name].renumbered(memo[id(tensor)], left)
     return memo
 
