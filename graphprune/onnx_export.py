@@ -87,11 +87,13 @@ def export_onnx(program: Program, path: str | Path, *, opset: int | None = None)
         OutputError: The file cannot be written.
     """
     path = Path(path)
-    exported = _with_plain_attention(export_program(program))
-    model = _converted(program, exported, opset, optimize=True)
+    exported = _taken_apart(export_program(program))
     try:
+        model = _converted(program, exported, opset, optimize=True)
         weights = _write(model, path)
-    except ExportError:  # the exporter's own optimizer can leave out a node that others read
+    except (
+        ExportError
+    ):  # the exporter's own optimizer can fail, or leave out a node that others read
         model = _converted(program, exported, opset, optimize=False)
         weights = _write(model, path)
     files = [path] if weights is None else [path, weights]
@@ -131,15 +133,30 @@ def _converted(
 
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_DISTANCES = torch.ops.aten.cdist.default
 
 
-def _with_plain_attention(exported: ExportedProgram) -> ExportedProgram:
-    """Return the program with attention in parts where it has more or fewer dimensions than the exporter knows."""
-    attentions = [n for n in exported.graph.nodes if n.target is _ATTENTION]
-    if all(n.args[0].meta["val"].dim() == 4 for n in attentions):
+def _taken_apart(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program with those operators in parts that the exporter does not know.
+
+    These are distances, and attention in more or fewer than four dimensions.
+    """
+    table: dict[Any, Any] = {}
+    for node in exported.graph.nodes:
+        if node.target is _ATTENTION and node.args[0].meta["val"].dim() != 4:
+            table[_ATTENTION] = _attention
+        elif node.target is _DISTANCES:
+            table[_DISTANCES] = _distances
+    if not table:
         return exported
-    decomposed: ExportedProgram = exported.run_decompositions({_ATTENTION: _attention})
+    decomposed: ExportedProgram = exported.run_decompositions(table)
     return decomposed
+
+
+def _distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """Distances between the rows of two matrices."""
+    distances: Tensor = torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, dim=-1)
+    return distances
 
 
 def _attention(

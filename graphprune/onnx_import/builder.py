@@ -127,6 +127,8 @@ class Call:
         found = self.attr(name)
         if found is None and self.has(position):
             found = self.const(position)
+        if isinstance(found, (int, float)):  # one axis, as a number
+            found = [found]
         return None if found is None else [int(a) for a in found]
 
     def shape(self, position: int = 0) -> list[Any]:
@@ -195,6 +197,7 @@ class Builder:
         if id(value) not in self._nodes:
             name = self._names.get(id(value))
             is_weight = name is not None and value.is_floating_point() and not is_buffer
+            is_weight = is_weight and bool(value.isfinite().all())  # else it is a mask
             path = self._register(name or "constant", value, is_weight)
             node = self.graph.get_attr(path)
             self.batched[node] = (value.to("meta"), value.to("meta"))
@@ -286,6 +289,8 @@ class Builder:
         if not is_weight and name == "constant":
             parts = [f"constant_{len(self._nodes)}"]
         parts = [f"_{p}" if p in self._taken else p for p in parts]
+        # torch's exporter numbers its own values so, and would give a name twice.
+        parts = [re.sub(r"^val_(?=\d+$)", "value_", part) for part in parts]
         holder = self.root
         for position, part in enumerate(parts[:-1]):
             found = getattr(holder, part, None)

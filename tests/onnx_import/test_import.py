@@ -23,6 +23,7 @@ from graphprune.program import Program
 from graphprune.runtime import open_session, parity
 from tests.exactness import assert_cut_is_exact, choose_or_none
 from tests.models import tiny_mobile, tiny_residual, tiny_transformer
+from tests.patterns import PATTERNS
 from tests.strategies import randomize
 
 RATIO = parse_target("ratio=0.4")
@@ -397,6 +398,28 @@ def test_compile_checks_the_import_against_the_file(tmp_path: Path) -> None:
     assert made is not None
     assert made.detail == "batches of 1, 2, 5"
     assert_imported(tmp_path / "out" / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shuffle_index_buffer",  # GatherND
+        "channels_chosen_twice_by_one_buffer",  # numbers from the end
+        "attention_grouped_queries_enable_gqa",  # one axis as a number
+        "attention_grouped_queries_expanded",  # a mask of infinities is no weight
+        "attention_queries_viewed_beside_their_keys",  # tensors called as the exporter calls its own
+        "distances_to_learned_places",  # distances, taken apart
+    ],
+)
+def test_a_pattern_goes_out_and_comes_in_again(name: str, tmp_path: Path) -> None:
+    net = PATTERNS[name].make().eval()
+    randomize(net)
+    export_onnx(gp.capture(net, net.example), tmp_path / "net.onnx")
+    result = gp.compile(str(tmp_path / "net.onnx"), target="macs=0.7", round_to=1)
+    for check in ("import", "surgery", "onnx"):
+        found = result.report.checks[check]
+        assert found is not None
+        assert found.passed, check
 
 
 def test_a_branch_with_a_known_condition_is_taken(tmp_path: Path) -> None:

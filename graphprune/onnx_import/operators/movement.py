@@ -199,6 +199,22 @@ def gather_elements(b: Builder, call: Call) -> Any:
     return b.call(torch.gather, call.tensor(0), call.attr("axis", 0), call.tensor(1))
 
 
+@operator("GatherND")
+def gather_nd(b: Builder, call: Call) -> Any:
+    """Pick by vectors of numbers, one for each of the leading dimensions."""
+    if call.attr("batch_dims", 0):
+        raise call.refuse("batch_dims other than 0")
+    known = call.known(1)
+    count = (known if known is not None else b.meta(call.value(1))[0]).shape[-1]
+    size = call.shape()[0]
+    if known is not None and known.dim() == 2 and count == 1 and isinstance(size, int):
+        rows = [int(i) % size for i in known.flatten().tolist()]
+        return b.call(torch.index_select, call.tensor(0), 0, torch.tensor(rows))
+    numbers = call.tensor(1)
+    columns = tuple(b.call(torch.select, numbers, -1, i) for i in range(count))
+    return b.call(getitem, call.tensor(0), columns)
+
+
 @operator("Expand")
 def expand(b: Builder, call: Call) -> Any:
     """Repeat dimensions of size one, and new leading ones."""
