@@ -33,7 +33,7 @@ EXPORTED_IN_CI = 8
 
 
 def made(pattern: Pattern) -> Net:
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old spellings are patterns too
         net = pattern.make().eval()
     randomize(net)
@@ -45,7 +45,7 @@ def captured(net: Net, dialect: str) -> Program:
         return gp.capture(net, net.example)
     if dialect == "export":
         return _export_module(net, net.example, "Net", [])
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         # Recurrent modules list their parameters anew, and hooks compute a weight out of others.
         warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)
         core = torch.export.export(net, net.example, strict=False).run_decompositions()
