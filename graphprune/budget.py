@@ -527,8 +527,13 @@ def unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Co
         reached.append(f"{name}={low / max(1e-12, total):.4f} ({low:,} of {total:,})")
     pinned = sum(len(g) for g in groups if g.pinned)
     asked = ", ".join(_asked(target, name) for name in target.resources)
+    advice = "Give a target that is at least that."
+    if least == dense:
+        advice = (
+            "Nothing that this granularity names may go: give another one (channels takes any)."
+        )
     return (
         f"target {asked} cannot be reached: with every removable channel gone the program is at {', '.join(reached)}; "
         f"{pinned} of {sum(map(len, groups))} coupled channels are pinned (graphprune inspect says why). "
-        "Give a target that is at least that."
+        f"{advice}"
     )

@@ -102,28 +102,19 @@ class _Blocks:
         lengths = np.diff([*self.starts, len(self.members)])
         return np.repeat(np.arange(len(self.rows)), lengths)
 
-    def inside(self, block: int) -> list[int]:
-        """Return the members of the block at a position."""
-        return self._inside[block]
-
-    def at(self, channel: int) -> list[int]:
-        """Return the positions of the blocks that a channel is."""
-        return self._at.get(channel, [])
-
-    def holding(self, channel: int) -> list[int]:
-        """Return the positions of the blocks that a channel is a member of, as often as it is."""
-        return self._holding.get(channel, [])
-
     @cached_property
-    def _inside(self) -> list[list[int]]:
+    def inside(self) -> list[list[int]]:
+        """The members of each block, by its position."""
         return [part.tolist() for part in np.split(self.members, self.starts[1:])]
 
     @cached_property
-    def _at(self) -> dict[int, list[int]]:
+    def at(self) -> dict[int, list[int]]:
+        """For each channel that is a block, the positions of the blocks that it is."""
         return _positions(self.rows, np.arange(len(self.rows)))
 
     @cached_property
-    def _holding(self) -> dict[int, list[int]]:
+    def holding(self) -> dict[int, list[int]]:
+        """For each member, the positions of the blocks that hold it, as often as they do."""
         return _positions(self.members, self.owner)
 
 
@@ -246,16 +237,19 @@ class DependencyGroups(Facts):
         return keep
 
     def goes_with(self, channels: Iterable[int]) -> Atoms:
-        """Return what goes where some channels do: themselves, their members, and blocks that nothing is left of."""
+        """Return what goes where some channels do: themselves, their members, and blocks that nothing is left of.
+
+        What `close` finds, by a walk from these channels alone: a model has thousands of heads to ask about.
+        """
         blocks = self.blocks
         gone = set(map(int, channels))
         queue, missing = list(gone), Counter[int]()
         while queue:
             current = queue.pop()
-            found = [m for block in blocks.at(current) for m in blocks.inside(block)]
-            for block in blocks.holding(current):
+            found = [m for block in blocks.at.get(current, ()) for m in blocks.inside[block]]
+            for block in blocks.holding.get(current, ()):
                 missing[block] += 1
-                if missing[block] == len(blocks.inside(block)):
+                if missing[block] == len(blocks.inside[block]):
                     found.append(int(blocks.rows[block]))
             fresh = set(found) - gone
             gone |= fresh

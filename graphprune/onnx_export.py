@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, default_decompositions
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import ExportError
@@ -144,7 +144,7 @@ def _taken_apart(exported: ExportedProgram) -> ExportedProgram:
     table: dict[Any, Any] = {}
     for node in exported.graph.nodes:
         if node.target is _ATTENTION and node.args[0].meta["val"].dim() != 4:
-            table[_ATTENTION] = _attention
+            table[_ATTENTION] = default_decompositions()[_ATTENTION]
         elif node.target is _DISTANCES:
             table[_DISTANCES] = _distances
     if not table:
@@ -157,32 +157,6 @@ def _distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = 
     """Distances between the rows of two matrices."""
     distances: Tensor = torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, dim=-1)
     return distances
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention as torch documents it, in operators that the exporter knows in any number of dimensions."""
-    if enable_gqa:
-        key, value = (
-            t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value)
-        )
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return scores.softmax(-1) @ value
 
 
 @contextlib.contextmanager

@@ -94,6 +94,7 @@ class Gates(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(start.clamp(0.0, LIMIT))
         self.shape: Shape = shape
+        # Row k holds the k-th unit of each channel.
         order = np.argsort(units.channels, kind="stable")
         channels = units.channels[order]
         first = np.searchsorted(channels, channels)
