@@ -30,11 +30,13 @@ def test_our_rows_reach_the_target(start: Start, method: str) -> None:
     assert row.seconds > 0
 
 
-@pytest.mark.parametrize("method", ["tp-magnitude", "tp-taylor", "tp-hessian", "tp-obdc"])
+@pytest.mark.parametrize(
+    "method", ["tp-magnitude", "tp-magnitude-uniform", "tp-taylor", "tp-hessian", "tp-obdc"]
+)
 def test_rows_of_torch_pruning_reach_the_target(start: Start, method: str) -> None:
     pytest.importorskip("torch_pruning")
     row = run_row(start, method, 0.8, 128)
-    assert row.macs <= 0.8
+    assert 0.7 < row.macs <= 0.8
     assert 0 < row.accuracy <= 1.0
 
 
