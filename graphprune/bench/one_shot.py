@@ -69,11 +69,13 @@ class Row:
     """Fraction of the dense MACs."""
     samples: int
     """Training images that `obs` calibrates on, or that batch norms are re-estimated on."""
-    macs: float
-    """Fraction of the dense MACs that was reached."""
-    accuracy: float
+    macs: float | None
+    """Fraction of the dense MACs that was reached; None where Torch-Pruning failed."""
+    accuracy: float | None
     seconds: float
     """Choice, cut, refit or re-estimation; not the evaluation."""
+    error: str = ""
+    """What Torch-Pruning said when it failed."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -96,15 +98,28 @@ def run_row(start: Start, method: str, target: float, samples: int, *, seed: int
         raise UsageError(f"expected one of {', '.join(methods())}, found {method!r}")
     started = time.perf_counter()
     dense = capture(start.model, start.example)
-    cut = (_peer if method.startswith("tp-") else _own)(start, dense, method, target, samples, seed)
+    peer = method.startswith("tp-")
+    error, macs, accuracy = "", None, None
+    try:
+        cut = (_peer if peer else _own)(start, dense, method, target, samples, seed)
+    except UsageError:
+        raise
+    except Exception as exception:  # what a peer raises is a result, too
+        if not peer:
+            raise
+        error = f"{type(exception).__name__}: {exception}"
     seconds = time.perf_counter() - started
+    if not error:
+        macs = analyze(cut).cost.macs / analyze(dense).cost.macs
+        accuracy = evaluate(cut.module, start.data.test(250))
     return Row(
         method=method,
         target=target,
         samples=samples,
-        macs=analyze(cut).cost.macs / analyze(dense).cost.macs,
-        accuracy=evaluate(cut.module, start.data.test(250)),
+        macs=macs,
+        accuracy=accuracy,
         seconds=seconds,
+        error=error,
     )
 
 
@@ -145,7 +160,7 @@ def _peer(
         else:
             low = ratio
     if best is None:
-        raise UsageError(f"Torch-Pruning's {criterion} does not reach {target} of the MACs")
+        raise RuntimeError(f"no ratio up to {high} reaches {target} of the MACs")
     return Pipeline.parse(_reestimate(samples)).run(best, data=start.data, device="cpu").program
 
 
@@ -173,6 +188,7 @@ def _torch_pruning(
         ignored_layers=fixed,
         in_channel_groups={},
         out_channel_groups={},
+        num_heads={m.qkv: m.heads for m in model.modules() if hasattr(m, "qkv")},
     )
     _gradients(model, pruner, criterion, start.data, seed)
     pruner.step()
@@ -211,7 +227,9 @@ def _gradients(model: nn.Module, pruner: Any, criterion: str, data: DataSource, 
 
 
 def _cell(row: Row) -> str:
-    """Return the accuracy, and where it was reached if that is not the target."""
+    """Return the accuracy, and where it was reached if that is not the target; or that there is none."""
+    if row.macs is None or row.accuracy is None:
+        return "fails"
     where = f" at {row.macs:.3f}" if abs(row.macs - row.target) > 0.002 else ""
     return f"{row.accuracy:.2%}{where}"
 

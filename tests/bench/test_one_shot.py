@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -40,6 +42,13 @@ def test_rows_of_torch_pruning_reach_the_target(start: Start, method: str) -> No
     assert 0 < row.accuracy <= 1.0
 
 
+def test_what_a_peer_raises_is_a_row(start: Start) -> None:
+    pytest.importorskip("torch_pruning")
+    row = run_row(dataclasses.replace(start, inner=("stage1.0.conv1",)), "tp-magnitude", 0.1, 128)
+    assert (row.macs, row.accuracy) == (None, None)
+    assert row.error == "RuntimeError: no ratio up to 0.95 reaches 0.1 of the MACs"
+
+
 def test_an_unknown_row_is_refused(start: Start) -> None:
     with pytest.raises(UsageError, match="expected one of obs, .* found 'best'"):
         run_row(start, "best", 0.5, 128)
@@ -49,11 +58,12 @@ def test_the_table_has_a_line_for_each_method_and_a_column_for_each_target() -> 
     rows = [
         Row(method="obs", target=0.7, samples=1024, macs=0.7, accuracy=0.93, seconds=300.0),
         Row(method="obs", target=0.5, samples=1024, macs=0.5, accuracy=0.9, seconds=250.0),
+        Row(method="tp-fpgm", target=0.7, samples=4096, macs=None, accuracy=None, seconds=30.0),
         Row(method="tp-fpgm", target=0.5, samples=4096, macs=0.49, accuracy=0.8, seconds=20.0),
     ]
     lines = to_markdown(rows, dense=0.9339).splitlines()
     assert lines[0] == "Dense: 93.39%."
     assert lines[2] == "| method | images | 0.7 of MACs | 0.5 of MACs | seconds, each |"
     assert lines[4] == "| obs | 1024 | 93.00% | 90.00% | 250 to 300 |"
-    assert lines[5] == "| tp-fpgm | 4096 |  | 80.00% at 0.490 | 20 to 20 |"
+    assert lines[5] == "| tp-fpgm | 4096 | fails | 80.00% at 0.490 | 20 to 30 |"
     assert methods()[0] == "obs"
