@@ -451,7 +451,7 @@ class _Job:
     def accuracy(self, program: Program) -> float | None:
         from graphprune.data import evaluate
 
-        if self.data is None or not self.is_classification:
+        if self.data is None or not self.data.num_classes or not self.is_classification:
             return None
         return evaluate(
             program,

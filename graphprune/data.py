@@ -71,7 +71,13 @@ class DataSource:
     """Returns the data set of one split; the training set is read when it is first asked for."""
 
     def train(
-        self, batch_size: int, *, shuffle: bool = True, seed: int = 0, limit: int | None = None
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        limit: int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
     ) -> DataLoader[Any]:
         """Return batches of the training set; the same seed gives the same samples in the same order.
 
@@ -80,13 +86,14 @@ class DataSource:
             shuffle: Whether each epoch has an order of its own.
             seed: Seed of the order, and of the choice of samples where there is a limit.
             limit: How many samples to take, drawn at random; None takes all.
+            collate: Samples -> batch, where the data set gives no whole batches; None stacks them.
         """
         dataset = self.split("train")
         generator = torch.Generator().manual_seed(seed)
         if limit is not None and limit < _length(dataset):
             chosen = torch.randperm(_length(dataset), generator=generator)[:limit]
             dataset = Subset(dataset, sorted(chosen.tolist()))
-        return _loader(dataset, batch_size, shuffle=shuffle, generator=generator)
+        return _loader(dataset, batch_size, shuffle=shuffle, generator=generator, collate=collate)
 
     def test(self, batch_size: int, *, limit: int | None = None) -> DataLoader[Any]:
         """Return batches of the test set in a fixed order; a limit takes samples evenly spaced over the whole set."""
@@ -238,6 +245,11 @@ def evaluate(
                 raise DataError(
                     f"expected logits of shape ({len(labels)}, classes), found {tuple(logits.shape)}; "
                     "top-1 accuracy needs a classifier"
+                )
+            if labels.is_floating_point() or labels.dim() != 1:
+                raise DataError(
+                    "expected one integer label per sample, found targets "
+                    f"{str(labels.dtype).removeprefix('torch.')}{list(labels.shape)}; top-1 accuracy needs a classifier"
                 )
             if int(labels.max()) >= logits.shape[1]:
                 raise DataError(
@@ -471,11 +483,17 @@ def _source(
 
 
 def _loader(
-    dataset: Dataset[Any], batch_size: int, *, shuffle: bool, generator: torch.Generator | None
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    shuffle: bool,
+    generator: torch.Generator | None,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
     if batch_size < 1:
         raise DataError(f"expected a batch size of at least 1, found {batch_size}")
-    collate = _as_is if isinstance(innermost(dataset), TensorImages) else None
+    if isinstance(innermost(dataset), TensorImages):
+        collate = _as_is
     return DataLoader(dataset, batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
 
 

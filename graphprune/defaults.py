@@ -12,7 +12,7 @@ from pathlib import Path
 from graphprune import registry, textform
 from graphprune.budget import Target, parse_round_to, parse_target
 from graphprune.errors import UsageError
-from graphprune.options import convert_options
+from graphprune.options import convert_options, option_types
 
 __all__ = [
     "DEFAULT_GRANULARITY",
@@ -56,11 +56,16 @@ def default_pipeline(
         choice["granularity"] = granularity
     parsed = textform.parse(method)[0]
     kind = registry.load(parsed.name)
-    if kind.chooses:  # it takes the options, and leaves statistics that fit its choice
-        options = {**choice, **convert_options(kind, parsed.options)}
-        chosen = [textform.format_pass(parsed.name, options)]
+    options = convert_options(kind, parsed.options)
+    if task and "task" in option_types(kind):
+        options.setdefault("task", task)
+    if kind.chooses:  # it takes the limits, and leaves statistics that fit its choice
+        chosen = [textform.format_pass(parsed.name, {**choice, **options})]
     else:  # what each channel is worth, and the cheapest choice that reaches the target
-        chosen = [method, textform.format_pass("choose-channels", choice)]
+        chosen = [
+            textform.format_pass(parsed.name, options),
+            textform.format_pass("choose-channels", choice),
+        ]
     steps = [
         "dependency-groups",  # which channels must go together, and which cannot go
         *_measurements(limits),

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, fx, nn
 
+import graphprune as gp
 from graphprune.data import evaluate, load_data
 from graphprune.errors import DataError
 from graphprune.program import Program
@@ -241,6 +242,18 @@ def test_samples_that_do_not_fit_the_model(tmp_path: Path) -> None:
         evaluate(nn.Identity(), loader)
     with pytest.raises(DataError, match="found label 9, but the model tells 2 classes apart"):
         evaluate(_Brightness(), load_data("digits").test(64))
+    with pytest.raises(
+        DataError, match=r"one integer label per sample, found targets float32\[4, 1\]"
+    ):
+        evaluate(_Brightness(), load_data("tests.training.networks:regression_data").test(4))
+
+
+def test_targets_that_are_no_labels_give_no_accuracy() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 1)).eval()
+    result = gp.compile(
+        model, torch.randn(1, 1, 8, 8), data="tests.training.networks:regression_data", export=False
+    )
+    assert result.report.after.accuracy is None
 
 
 @pytest.mark.slow

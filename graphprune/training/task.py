@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from graphprune.errors import DataError, UsageError
@@ -50,6 +51,12 @@ class Task:
     classification, and any other task cannot be distilled."""
     is_classification: bool = False
     """Whether the first output is one row of logits per sample."""
+
+    def loss_of(self, module: nn.Module, batch: Any, device: str) -> Tensor:
+        """Return the mean loss of a batch, on a device that the module is on."""
+        inputs, target = self.unpack(batch)
+        target = tree_map_only(Tensor, lambda t: t.to(device), target)
+        return self.loss(module(*(t.to(device) for t in inputs)), target)
 
 
 def classification() -> Task:

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import DataError
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, sum_over_places
+from graphprune.training import load_task
 
 __all__ = ["Fisher"]
 
@@ -39,6 +38,8 @@ class Fisher(Pass):
 
     num_samples: int = 256
     """How many training samples to take gradients of, one at a time."""
+    task: str = ""
+    """What the loss is, ``package.module:factory`` of a `graphprune.training.Task`; empty: cross-entropy."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Square and average the gradients and return the scores."""
@@ -47,9 +48,12 @@ class Fisher(Pass):
             raise DataError(
                 f"method {self.name} expected labelled training data, found none; give data= or --data"
             )
+        task = load_task(self.task)
         clone = program.clone()
         module = clone.module.to(context.device).requires_grad_(True)
-        loader = context.data.train(1, seed=context.seed, limit=self.num_samples)
+        loader = context.data.train(
+            1, seed=context.seed, limit=self.num_samples, collate=task.collate
+        )
         values = np.zeros(groups.num_channels)
 
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
@@ -57,12 +61,10 @@ class Fisher(Pass):
                 return None
             return along(tensor.detach() * tensor.grad, place.dim)
 
-        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as task:
-            for inputs, labels in loader:
+        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as shown:
+            for batch in loader:
                 module.zero_grad()
-                outputs = tree_leaves(module(inputs.to(context.device)))
-                logits = next(t for t in outputs if isinstance(t, Tensor))
-                F.cross_entropy(logits, labels.to(context.device)).backward()
+                task.loss_of(module, batch, context.device).backward()
                 values += sum_over_places(clone, groups, measure) ** 2
-                task.advance()
+                shown.advance()
         return Scores(values=values / (2 * max(1, len(loader))), method=self.spec())

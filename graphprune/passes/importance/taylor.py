@@ -12,21 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import DataError
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, sum_over_places
+from graphprune.training import load_task
 
 __all__ = ["Taylor"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taylor(Pass):
-    """Score a channel by the first-order change of the cross-entropy when its weights vanish.
+    """Score a channel by the first-order change of the loss when its weights vanish.
 
     Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", equation 8 (summed before the
     square).
@@ -40,6 +39,8 @@ class Taylor(Pass):
     """How many training samples the gradient is taken over."""
     batch_size: int = 64
     """Samples in a batch."""
+    task: str = ""
+    """What the loss is, ``package.module:factory`` of a `graphprune.training.Task`; empty: cross-entropy."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Accumulate the gradient of the loss and return the scores."""
@@ -48,18 +49,16 @@ class Taylor(Pass):
             raise DataError(
                 f"method {self.name} expected labelled training data, found none; give data= or --data"
             )
+        task = load_task(self.task)
         clone = program.clone()
         module = clone.module.to(context.device).requires_grad_(True)
-        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
-        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as task:
-            for inputs, labels in loader:
-                logits = next(
-                    t
-                    for t in tree_leaves(module(inputs.to(context.device)))
-                    if isinstance(t, Tensor)
-                )
-                F.cross_entropy(logits, labels.to(context.device)).backward()
-                task.advance()
+        loader = context.data.train(
+            self.batch_size, seed=context.seed, limit=self.num_samples, collate=task.collate
+        )
+        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as shown:
+            for batch in loader:
+                task.loss_of(module, batch, context.device).backward()
+                shown.advance()
 
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
             if not isinstance(tensor, nn.Parameter) or tensor.grad is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune import registry
 from graphprune.data import DataSource, load_data
+from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, UsageError
 from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.pipeline import Context, Facts, Pass
@@ -183,6 +184,30 @@ def test_taylor_predicts_the_change_of_the_loss(
     )
     assert np.allclose(at(scores, groups, "conv2.weight"), expected, rtol=1e-4, atol=1e-9)
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["taylor", "fisher"])
+def test_gradients_are_of_the_tasks_loss(name: str) -> None:
+    program = gp.capture(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Linear(6, 1)).eval(),
+        torch.randn(1, 1, 8, 8),
+    )
+    data = load_data("tests.training.networks:regression_data")
+    task = "tests.training.networks:regression"
+    scores = score(f"{name}{{num_samples=32 task={task}}}", program, data)
+    assert np.isfinite(scores.values).all()
+    assert np.ptp(scores.values) > 0
+    with pytest.raises(
+        DataError, match=r"one integer label per sample, found outputs .* targets float32"
+    ):
+        score(f"{name}{{num_samples=32}}", program, data)
+
+
+def test_a_method_is_told_the_task() -> None:
+    text = default_pipeline(method="taylor{num_samples=8}", has_data=True, task="a.b:c")
+    assert "taylor{num_samples=8 task=a.b:c},choose-channels" in text
+    assert "a.b:c" not in default_pipeline(method="magnitude", has_data=True, task="a.b:c")
+    assert "task=a.b:c" in default_pipeline(method="trainable-gates", has_data=True, task="a.b:c")
 
 
 def test_random_follows_the_seed(program: Program) -> None:
