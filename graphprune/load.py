@@ -11,10 +11,11 @@ import difflib
 import importlib
 import inspect
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,11 +235,41 @@ def _check_readable(path: Path) -> None:
 
 def _load_exported(path: Path) -> ExportedProgram:
     try:
+        _register_operators(path)
         return torch.export.load(path)
+    except GraphpruneError:
+        raise
     except (*_DAMAGED, AssertionError) as error:
         raise LoadError(
             f"{path} is not a readable file of torch.export.save: {_first_line(error)}"
         ) from error
+
+
+_LIBRARIES = {"torchvision": "torchvision", "transformers": "transformers.integrations.moe"}
+"""Namespace of operators -> the module whose import registers them."""
+_OPERATOR = re.compile(rb"torch\.ops\.(\w+)\.(\w+)")
+
+
+def _register_operators(path: Path) -> None:
+    """Import what registers the operators of a file, where they are not torch's own."""
+    with zipfile.ZipFile(path) as archive:
+        graphs = [n for n in archive.namelist() if n.endswith(".json")]
+        found = {match for n in graphs for match in _OPERATOR.findall(archive.read(n))}
+    for space, operator in sorted((a.decode(), b.decode()) for a, b in found):
+        if hasattr(getattr(torch.ops, space), operator):
+            continue
+        if space in _LIBRARIES:
+            with suppress(ImportError):
+                importlib.import_module(_LIBRARIES[space])
+        if not hasattr(getattr(torch.ops, space), operator):
+            advice = (
+                f"pip install {space}"
+                if space in _LIBRARIES
+                else "import the module that registers it, from Python, before this file is read"
+            )
+            raise LoadError(
+                f"{path} calls the operator {space}::{operator}, which nothing here registers; {advice}"
+            )
 
 
 def _load_scripted(path: Path) -> nn.Module:

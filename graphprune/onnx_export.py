@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import ExportError
 from graphprune.exported import export_program, exporter_quiet, first_line
 from graphprune.files import write_atomic
+from graphprune.onnx_operators import translations
 from graphprune.program import Program
 
 __all__ = ["OnnxFile", "export_onnx", "zipped_bytes"]
@@ -121,6 +122,7 @@ def _converted(
                 opset_version=opset,
                 input_names=_input_names(exported),
                 output_names=_output_names(exported),
+                custom_translation_table=translations(),
             )
     except Exception as error:
         raise ExportError(

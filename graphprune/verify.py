@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.fx.node import map_arg
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -305,9 +306,26 @@ _UNDEFINED = frozenset(
 def _defined(func: Any, result: Any) -> Any:
     """Return what an operator returned, filled with one number where its values mean nothing."""
     name = func._schema.name.removeprefix("aten::")
-    if name in _UNDEFINED and isinstance(result, Tensor) and result.is_floating_point():
-        result.fill_(0.5)
+    if name in _UNDEFINED and isinstance(result, Tensor):
+        result.fill_(0.5 if result.is_floating_point() else 0)
     return result
+
+
+def _in_any_precision(func: Any) -> Any:
+    """Return an operator, or one that does the same where its kernel lacks float64."""
+    return _grouped_mm if func._schema.name == "aten::_grouped_mm" else func
+
+
+def _grouped_mm(
+    x: Tensor, weights: Tensor, ends: Tensor | None = None, *rest: Any, **named: Any
+) -> Tensor:
+    ends = named.pop("offs", ends)
+    if x.dtype != torch.float64 or ends is None or (x.dim(), weights.dim()) != (2, 3):
+        return torch._grouped_mm(x, weights, ends, *rest, **named)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    rows = x[: sum(sizes)].split(sizes)
+    found = torch.cat([one @ matrix for one, matrix in zip(rows, weights, strict=True)])
+    return F.pad(found, (0, 0, 0, len(x) - len(found)))
 
 
 class Promote(TorchDispatchMode):
@@ -325,7 +343,7 @@ class Promote(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = self.promoted(args, kwargs or {})
-        return _defined(func, func(*args, **kwargs))
+        return _defined(func, _in_any_precision(func)(*args, **kwargs))
 
     def enter(self, node: str) -> None:
         """Start a node."""
@@ -380,7 +398,7 @@ class MaskMode(Promote):
         name = func._schema.name
         consumers = self.consumers_of(name)
         if not consumers:
-            return _defined(func, func(*args, **kwargs))
+            return _defined(func, _in_any_precision(func)(*args, **kwargs))
         if name in _STATISTICS and not (name == "aten::mean" and self.node in self.means):
             return _STATISTICS[name](args, kwargs, self._mask(consumers, args[0]))
         slots = iter(range(1 << 30))

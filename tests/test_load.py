@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,53 @@ def test_damaged_files(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(LoadError, match="not a readable"):
         load_model(str(path))
+
+
+def _export_elsewhere(text: str, path: Path) -> None:
+    """Export what `make` of a text gives, in a process of its own: what is registered there is not here."""
+    export = "torch.export.export(make(), (torch.randn(1, 3, 8, 8),))"
+    _python(f"import torch\n{text}\ntorch.export.save({export}, {str(path)!r})")
+
+
+def _python(text: str) -> None:
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_operator_of_nobody_known(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    _export_elsewhere(
+        """
+@torch.library.custom_op("nobodys::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+twice.register_fake(torch.empty_like)
+
+class make(torch.nn.Module):
+    def forward(self, x):
+        return twice(x)
+""",
+        path,
+    )
+    with pytest.raises(LoadError, match="calls the operator nobodys::twice, .* import the module"):
+        load_model(str(path))
+
+
+def test_an_operator_of_torchvision_is_registered(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    _export_elsewhere(
+        """
+import torchvision
+
+class make(torch.nn.Module):
+    def forward(self, x):
+        boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
+        return torchvision.ops.roi_align(x, boxes, (2, 2))
+""",
+        path,
+    )
+    _python(f"from graphprune.load import load_model; load_model({str(path)!r})")
 
 
 def test_folder_and_other_objects(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune import onnx_export
@@ -157,6 +158,39 @@ def test_attention_of_any_number_of_dimensions(kind: str, tmp_path: Path) -> Non
     program = gp.capture(_Windows(kind).eval(), torch.randn(2, 3, 5, 6))
     written = export_onnx(program, tmp_path / "model.onnx")
     assert parity(program, open_session(written.path, "cpu")).passed
+
+
+class _Groups(nn.Module):
+    """Rows that are sorted into groups; each group has a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(5, 8, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        group = x[:, 0].mul(2).round().clamp(0, 3)  # none is in the last
+        order = group.argsort(stable=True)
+        counts = torch.histc(group, 5, 0, 4)
+        ends = counts.cumsum(0).to(torch.int32)
+        return F.grouped_mm(x[order], self.matrices, offs=ends), counts
+
+
+def test_products_of_groups_and_counts(tmp_path: Path) -> None:
+    program = gp.capture(_Groups().eval(), torch.randn(6, 8))
+    session = open_session(export_onnx(program, tmp_path / "model.onnx").path)
+    assert parity(program, session).passed
+
+
+@pytest.mark.parametrize(("low", "high", "bins"), [(-1.0, 1.0, 4), (0.25, 0.5, 3)])
+def test_histograms(low: float, high: float, bins: int, tmp_path: Path) -> None:
+    class Histogram(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.histc(x, bins, low, high)
+
+    program = gp.capture(Histogram(), torch.randn(64))
+    session = open_session(export_onnx(program, tmp_path / "model.onnx").path)
+    values = torch.cat([torch.randn(61), torch.tensor([low, high, (low + high) / 2])])
+    torch.testing.assert_close(session.run(values)[0], program.module(values))
 
 
 def test_another_opset(program: Program, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -281,11 +283,19 @@ def error_of(module: nn.Module, images: tuple[Tensor, Tensor]) -> float:
 
 
 def dense_network(
-    recipe: Recipe, images: Images, *, seed: int = 0, epochs: int | None = None
+    recipe: Recipe,
+    images: Images,
+    *,
+    seed: int = 0,
+    epochs: int | None = None,
+    kept: Path | None = None,
 ) -> Program:
-    """Train a network from scratch."""
+    """Train a network from scratch, or read what was trained and written to `kept` before."""
     torch.manual_seed(seed)
     program = capture(recipe.build().to(images.train[0].device), images.test[0][:2])
+    if kept is not None and kept.exists():
+        program.module.load_state_dict(load_file(kept))
+        return program
     epochs = recipe.epochs if epochs is None else epochs
     train(
         program.module,
@@ -297,6 +307,8 @@ def dense_network(
         augment=recipe.augment,
         seed=seed,
     )
+    if kept is not None:
+        save_file(dict(program.module.state_dict()), kept)
     return program
 
 

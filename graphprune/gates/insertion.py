@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from graphprune.gates.function import Gates, Shape
 from graphprune.gates.layers import (
@@ -178,11 +179,14 @@ _CONV_TRANSPOSED = {
 }
 _OPERANDS = {
     *(torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.sum),
+    *(torch.einsum, _ATEN.einsum.default),
     *(_ATEN.matmul.default, _ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default),
     *(_ATEN.baddbmm.default, _ATEN.sum.default, _ATEN.sum.dim_IntList),
     *(F.scaled_dot_product_attention, _ATEN.scaled_dot_product_attention.default),
 }
 """Functions that are one operator, whose tensors are its own in the same order."""
+_OPERANDS_OF_OTHERS = {"transformers.grouped_mm_fallback.default"}
+"""The same, of libraries that may not be there."""
 _OPERAND_METHODS = {"matmul", "mm", "bmm", "sum", "__matmul__"}
 _NORMS: Mapping[Any, Callable[..., Tensor]] = {
     F.layer_norm: gated_layer_norm,
@@ -220,7 +224,7 @@ class _Look:
                 target: Any = node.target
                 if target in _LINEAR | _CONV | _CONV_TRANSPOSED and self.consumer.slot == 0:
                     return self._function()
-                if target in _OPERANDS:
+                if target in _OPERANDS or str(target) in _OPERANDS_OF_OTHERS:
                     return self._operand()
                 if target in _NORMS and number == 1 and node.args:
                     return self._shaped(node.args, _norm_function)
@@ -277,7 +281,8 @@ class _Look:
         return _Site(self.node.name, index, rewrite)
 
     def _operand(self) -> _Site | _Refused:
-        places = [p for p, a in enumerate(self.node.args) if self._info(a) is not None]
+        flat, tree = tree_flatten(self.node.args)
+        places = [p for p, a in enumerate(flat) if self._info(a) is not None]
         slot = self.consumer.slot
         if slot >= len(places):
             return _Refused(
@@ -286,11 +291,11 @@ class _Look:
         place = places[slot]
 
         def rewrite(inserter: _Inserter, node: fx.Node, mask: fx.Node) -> None:
-            value = node.args[place]
-            assert isinstance(value, fx.Node)
-            node.update_arg(place, inserter.product(node, value, mask))
+            given = tree_leaves(node.args)  # other gates may be on it by now
+            given[place] = inserter.product(node, given[place], mask)
+            node.args = tree_unflatten(given, tree)
 
-        return self._shaped((self.node.args[place],), rewrite)
+        return self._shaped((flat[place],), rewrite)
 
     def _shaped(self, given: Sequence[Any], rewrite: _Rewrite) -> _Site | _Refused:
         """Gate a whole tensor, the first of those given."""

@@ -20,7 +20,7 @@ from graphprune.zoo.models import ZooModel, vary
 
 __all__ = ["FAST", "TransformersModel", "transformers_models"]
 
-FAST = ("distilbert", "vit", "beit", "segformer", "t5", "gpt2", "llama", "qwen")
+FAST = ("distilbert", "vit", "beit", "segformer", "t5", "gpt2", "llama", "qwen", "mixtral")
 """Those that are quick to capture, and the ones that language models are most like."""
 
 VOCABULARY = 128
@@ -156,6 +156,14 @@ _LLAMA = (
     "model.embed_tokens.weight[1]",
 )
 
+_PHI3 = (
+    "model.layers.0.self_attn.o_proj.weight[1]",
+    "model.layers.0.mlp.down_proj.weight[1]",
+    _LLAMA[2],
+)
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MIXTRAL = (_LLAMA[0], "model.layers.0.mlp.experts.down_proj[2]", _LLAMA[2])
+
 _MODELS = (
     _model(
         "bert",
@@ -230,6 +238,70 @@ _MODELS = (
         "GemmaForCausalLM",
         {**_DECODER, "head_dim": 24},
         (*_LLAMA[:2], "lm_head.weight[1]"),
+    ),
+    _model("phi3", "Phi3ForCausalLM", {**_DECODER, "pad_token_id": 0}, _PHI3),
+    _model("mixtral", "MixtralForCausalLM", {**_DECODER, **_EXPERTS}, _MIXTRAL),
+    _model(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        {**_DECODER, **_EXPERTS, "head_dim": 16, "sliding_window": 8},
+        _MIXTRAL,
+    ),
+    _model(
+        "qwen-moe",
+        "Qwen3MoeForCausalLM",
+        {
+            **_DECODER,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+        },
+        _MIXTRAL,
+    ),
+    _model(
+        "deepseek",
+        "DeepseekV3ForCausalLM",
+        {
+            **_ENCODER,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        (
+            "model.layers.0.self_attn.o_proj.weight[1]",
+            "model.layers.1.mlp.experts.down_proj[2]",
+            _LLAMA[2],
+        ),
+    ),
+    _model(
+        "jamba",
+        "JambaForCausalLM",
+        {
+            **_DECODER,
+            "use_mamba_kernels": False,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 12,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+        (
+            "model.layers.1.self_attn.v_proj.weight[0]",
+            "model.layers.1.feed_forward.experts.down_proj[2]",
+            _LLAMA[2],
+        ),
     ),
     _model(
         "t5",

@@ -154,6 +154,7 @@ NETWORKS = {
     "dense": (tiny_dense, (2, 3, 16, 16)),
     "excite": (tiny_mobile, (2, 3, 16, 16)),
     "vision transformer": (tiny_transformer, (2, 3, 16, 16)),
+    "experts": (PATTERNS["experts_of_the_two_best"].make, (2, 9, 5)),
 }
 
 
@@ -282,29 +283,29 @@ def test_gates_press_towards_a_latency_that_was_measured() -> None:
     assert hook.own_cost == Cost(*state["own_cost"])
 
 
-class _Einsum(nn.Module):
+class _Distances(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 8)
-        self.mix = nn.Parameter(torch.randn(8, 5))
+        self.mix = nn.Parameter(torch.randn(5, 8))
         self.last = nn.Linear(5, 3)
         self.other = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = torch.einsum("bi,ij->bj", self.first(x).relu(), self.mix)
+        mixed = torch.cdist(self.first(x).relu(), self.mix)
         out: Tensor = self.last(mixed) + self.other(self.second(x))
         return out
 
 
 def test_what_cannot_be_gated_stays_and_says_why() -> None:
-    program = capture_as(_Einsum().eval(), torch.randn(2, 6), "fx")
+    program = capture_as(_Distances().eval(), torch.randn(2, 6), "fx")
     groups = analyze(program)
     gated = gate(program, groups)
     (kept,) = gated.kept
     assert kept.what == "first.weight[0] (8 channels)"
-    assert "at node einsum sums over it, in a way that no gate can stand for" in kept.why
+    assert "at node cdist sums over it, in a way that no gate can stand for" in kept.why
     names = {gated.groups[int(g)].name for g in gated.units.group}
-    assert names == {"mix[1]", "second.weight[0]"}
+    assert names == {"mix[0]", "second.weight[0]"}
     assert len(gated.units) == 5 + 8
 
 

@@ -5,6 +5,7 @@ channel_order.py  shuffles, pixels, copies, rolls, indices
 gates.py          gated units, squeeze and excitation
 wiring.py         shortcuts, concatenations, splits, streams, shared and tied weights
 convolutions.py   convolutions of every kind
+experts.py        mixtures of experts
 layers.py         normalisations, activations, embeddings, bare parameters
 attention.py      attention over heads: fused, grouped, masked, with positions
 mixers.py         linear, cross, spatial and pooled attention, attention modules, state spaces
@@ -28,6 +29,7 @@ for _subject in (
     "attention",
     "channel_order",
     "convolutions",
+    "experts",
     "gates",
     "layers",
     "mixers",

@@ -125,6 +125,25 @@ def addmm(trace: Trace, call: Call) -> Any:
     return trace.apply(torch.ops.aten.add.Tensor, trace.new(shape, a, fields), bias)
 
 
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(trace: Trace, call: Call) -> Any:
+    """Rows (rows, inner), each times one of the matrices (experts, inner, columns): a mixture of experts."""
+    x, weights = call.args[:2]
+    if x.dim() != 2 or weights.dim() != 3 or call.name == "aten::_grouped_mm":
+        for tensor in call.tensors():
+            trace.freeze(tensor, "its kernel takes multiples of 16 bytes alone")
+        return trace.run(call)
+    why = "each row takes one of the matrices"
+    for field in trace.fields(x):
+        if 0 in field.dims:
+            trace.fix(field, 0, why)
+    weights = trace.plain(weights, (1, 2), why)
+    any_one = trace.apply(torch.ops.aten.select.int, weights, 0, 0)
+    sizes = (x.shape[0], weights.shape[2])
+    fields = contracted(trace, call, [(x, (0, 2)), (any_one, (2, 1))], (*sizes, x.shape[1]), 2)
+    return trace.new(sizes, x, fields)
+
+
 @rule("linear")
 def linear(trace: Trace, call: Call) -> Any:
     """A matrix product with a weight of shape (outputs, inputs)."""

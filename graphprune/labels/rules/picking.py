@@ -25,6 +25,8 @@ def _picked(trace: Trace, x: Tensor, dim: int, index: slice) -> Tensor:
         if dim not in field.dims:
             fields.append(field)
             continue
+        if not size:  # nothing of it is there
+            continue
         axis = field.dims.index(dim)
         if index.step not in (None, 1):
             _tie_steps(trace, field, axis, index.step)

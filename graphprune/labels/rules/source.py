@@ -39,6 +39,21 @@ def enumerate_(trace: Trace, call: Call) -> Any:
     return trace.run(call)
 
 
+@rule("bincount")
+def bincount(trace: Trace, call: Call) -> Any:
+    """How often each number occurs; ``minlength`` is how many numbers there are."""
+    numbers, weights = call.args[0], call.arg(1, "weights")
+    if not trace.is_meta(numbers) and weights is None and not numbers.is_meta:
+        return trace.run(call)
+    length = call.arg(2, "minlength", 0)
+    if not length:
+        raise ValueError("bincount expected minlength: without it, its size depends on the data")
+    for tensor in call.tensors():
+        trace.freeze(tensor, "it is counted")
+    dtype = torch.int64 if weights is None else weights.dtype
+    return torch.empty(length, dtype=dtype, device="meta")
+
+
 @rule("embedding")
 def embedding(trace: Trace, call: Call) -> Any:
     """Rows of a table: the width is labelled, the row numbers cannot change."""
