@@ -8,7 +8,7 @@ import pytest
 
 from graphprune import registry
 from graphprune.cli import COMMANDS
-from graphprune.reference import BEGIN, END, cli_page, passes_table, stale
+from graphprune.reference import BEGIN, END, cli_page, not_installed, passes_table, stale
 
 
 def test_the_table_names_every_pass_of_ours_and_its_file() -> None:
@@ -48,3 +48,10 @@ def test_a_readme_without_the_marks_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(ValueError, match="expected the lines"):
         stale(tmp_path)
+
+
+def test_passes_that_are_not_installed_are_named(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project.entry-points."graphprune.passes"]\nobs = "a:A"\nnot-there = "b:B"\n'
+    )
+    assert not_installed(tmp_path) == ["not-there"]
