@@ -106,6 +106,38 @@ def shuffle_index_buffer() -> Net:
     )
 
 
+@pattern("a")
+def biases_of_a_table_by_a_buffer() -> Net:
+    """A table of more rows than are read: the positions of attention in windows."""
+    order = torch.tensor([11, 3, 0, 0, 7, 5, 2, 4])
+
+    def run(m: Any, x: Tensor) -> Any:
+        return m.z(m.a(x) + m.table[m.order].view(2, 4, 6).permute(2, 0, 1).reshape(1, 6, 8, 1))
+
+    return Net(run, shape=(3, 8, 5), a=conv(3, 6), z=conv(6, 4), table=rand(12, 6), order=order)
+
+
+@pattern("a w")
+def scales_of_a_parameter_by_a_buffer() -> Net:
+    return Net(
+        lambda m, x: m.z(m.a(x) * m.w[m.order]),
+        a=conv(3, 8),
+        z=conv(8, 4),
+        w=rand(12, 1, 1),
+        order=torch.tensor([11, 3, 1, 0, 7, 5, 2, 4]),
+    )
+
+
+@pattern("a w")
+def scales_on_the_diagonal_of_a_parameter() -> Net:
+    return Net(
+        lambda m, x: m.z(m.a(x) * torch.diagonal(m.w)[:, None, None]),
+        a=conv(3, 8),
+        z=conv(8, 4),
+        w=rand(8, 8),
+    )
+
+
 @pattern("a b")
 def channels_chosen_twice_by_one_buffer() -> Net:
     """Eight of twelve channels, some counted from the end."""

@@ -56,7 +56,8 @@ def _chosen(trace: Trace, call: Call, x: Tensor) -> Tensor | None:
     else:
         return None
     source = trace.source(numbers)
-    field = next((f for f in trace.fields(x) if f.dims == (dim,)), None)
+    fields = trace.fields(x)
+    field = next((f for f in fields if f.dims == (dim,)), None)
     if field is None or source is None or not source.name or trace.is_joint(x):
         return None
     if numbers.dtype not in (torch.int32, torch.int64) or numbers.dim() != 1 or len(numbers) < 2:
@@ -67,7 +68,7 @@ def _chosen(trace: Trace, call: Call, x: Tensor) -> Tensor | None:
     own = source.axis(0)
     assert own is not None
     trace.unify(own, atoms)
-    others = [f for f in trace.fields(x) if f is not field]
+    others = [f for f in fields if f is not field]
     shape = (*x.shape[:dim], len(atoms), *x.shape[dim + 1 :])
     return trace.new(shape, x, (*others, Field((dim,), atoms)))
 
@@ -218,19 +219,20 @@ def diagonal(trace: Trace, call: Call) -> Any:
     out = trace.run(call)
     rest = [d for d in range(x.dim()) if d not in (a, b)]
     place = {d: i for i, d in enumerate(rest)}
-    along = [f for f in trace.fields(x) if f.dims in ((a,), (b,))]
+    fields = trace.fields(x)
+    along = [f for f in fields if f.dims in ((a,), (b,))]
     if offset or x.shape[a] != x.shape[b] or len(along) < 2:
         along = []
-    fields = [
+    left = [
         Field(tuple(place[d] for d in f.dims), f.atoms)
-        for one in trace.fields(x)
+        for one in fields
         if not any(one is f for f in along)
         and (f := trace.settle(one, {a, b} & set(one.dims), "a diagonal is taken of it"))
     ]
     if along:
         trace.unify(along[0].atoms, along[1].atoms)
-        fields.append(Field((out.dim() - 1,), along[0].atoms))
-    return trace.label(out, tuple(fields))
+        left.append(Field((out.dim() - 1,), along[0].atoms))
+    return trace.label(out, tuple(left))
 
 
 @rule("diag_embed")
