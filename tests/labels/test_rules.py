@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -234,8 +235,13 @@ def test_heads_are_blocks_of_equal_size() -> None:
 
 def test_every_operator_of_the_table_exists() -> None:
     missing = []
+    has_transformers = importlib.util.find_spec("transformers") is not None
+    if has_transformers:
+        importlib.import_module("transformers.integrations.moe")  # it registers its own
     for name in known_operators():
         namespace, _, operator = name.partition("::")
+        if namespace == "transformers" and not has_transformers:
+            continue
         if not hasattr(getattr(torch.ops, namespace), operator):
             missing.append(name)
     assert missing == []
