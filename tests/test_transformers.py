@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from graphprune.inputs import infer_inputs
 from graphprune.program import Program
 from graphprune.units import find_units, parse_granularity
 from graphprune.zoo import select
+from graphprune.zoo.more_transformers import more_transformers_models
 from graphprune.zoo.transformers import FAST, TransformersModel, transformers_models
 from tests.exactness import assert_cut_is_exact, random_scores
 
@@ -130,3 +132,41 @@ def test_models_state_their_own_inputs() -> None:
     assert int(inputs["input_ids"].max()) < 128
     vision = infer_inputs(_model("vit").build())
     assert tuple(vision["pixel_values"].shape) == (1, 3, 32, 32)
+
+
+def test_more_models_are_those_of_the_library() -> None:
+    import transformers
+
+    models = more_transformers_models()
+    assert len({m.name for m in models} | {m.name for m in transformers_models()}) == 27 + len(
+        models
+    )
+    assert all(hasattr(transformers, m.architecture) for m in models)
+
+
+@pytest.mark.parametrize("name", ["xlnet", "mamba2", "olmoe", "swinv2", "siglip", "patchtst"])
+def test_one_more_of_each_kind(name: str) -> None:
+    (model,) = select(more_transformers_models(), [name])
+    module = model.build()
+    result = gp.compile(
+        module, model.example(), outputs=model.outputs, target="macs=0.5", export=False
+    )
+    assert result.passed
+    before, after = (gp.analyze(program).cost.macs for program in (result.dense, result.program))
+    assert after <= 0.5 * before
+
+
+def test_a_mixture_of_experts_is_exported_and_read_again(tmp_path: Path) -> None:
+    """An expert's hidden unit goes from all experts; products of groups are written in ONNX's own operators."""
+    model = _model("mixtral")
+    result = gp.compile(
+        model.build(), model.example(), outputs=model.outputs, target="macs=0.5", out=tmp_path
+    )
+    assert {name for name, check in result.report.checks.items() if check and check.passed} == {
+        *("capture", "surgery", "onnx", "exported_program")
+    }
+    again = gp.capture(str(tmp_path / "model.pt2"))
+    tokens = torch.randint(2, 128, (2, 11), generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(
+        again.module(tokens)["logits"], result.program.module(tokens)["logits"], rtol=0, atol=0
+    )

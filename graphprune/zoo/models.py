@@ -198,11 +198,18 @@ def _transformers_models() -> tuple[ZooModel, ...]:
     return transformers_models()
 
 
+def _more_transformers_models() -> tuple[ZooModel, ...]:
+    from graphprune.zoo.more_transformers import more_transformers_models
+
+    return more_transformers_models()
+
+
 SUITES: Mapping[str, Callable[[], tuple[ZooModel, ...]]] = {
     "torchvision": torchvision_models,
     "fast": lambda: select(torchvision_models(), FAST),
     "timm": timm_models,
     "transformers": _transformers_models,
+    "more-transformers": _more_transformers_models,
 }
 """Name of a suite -> its models."""
 

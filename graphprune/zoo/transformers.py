@@ -18,11 +18,25 @@ from torch import Tensor, nn
 from graphprune.errors import UsageError
 from graphprune.zoo.models import ZooModel, vary
 
-__all__ = ["FAST", "TransformersModel", "transformers_models"]
+__all__ = [
+    "BOTH",
+    "DECODER",
+    "ENCODER",
+    "FAST",
+    "IMAGE",
+    "TEXT",
+    "TEXTS",
+    "VISION",
+    "VOCABULARY",
+    "TransformersModel",
+    "model",
+    "transformers_models",
+]
 
 FAST = ("distilbert", "vit", "beit", "segformer", "t5", "gpt2", "llama", "qwen", "mixtral")
 """Those that are quick to capture, and the ones that language models are most like."""
 
+PARTS = ("heads", "feed-forward", "embedding")
 VOCABULARY = 128
 _LENGTH, _ANSWER = 11, 7
 
@@ -88,14 +102,15 @@ def transformers_models() -> tuple[TransformersModel, ...]:
     return _MODELS
 
 
-def _model(
+def model(
     name: str,
     architecture: str,
     options: Mapping[str, Any],
-    parts: tuple[str, str, str],
+    parts: tuple[str, str, str] | None = None,
     inputs: Mapping[str, tuple[int, ...]] | None = None,
     outputs: tuple[str, ...] = ("logits",),
 ) -> TransformersModel:
+    """Return one model; `parts` are parameter dimensions of its heads, feed-forward and embedding width."""
     return TransformersModel(
         name=name,
         kind="transformers",
@@ -103,17 +118,17 @@ def _model(
         options=options,
         library="transformers",
         architecture=architecture,
-        inputs=_TEXT if inputs is None else inputs,
+        inputs=TEXT if inputs is None else inputs,
         outputs=outputs,
-        parts=dict(zip(("heads", "feed-forward", "embedding"), parts, strict=True)),
+        parts=dict(zip(PARTS, parts, strict=True)) if parts else {},
     )
 
 
-_TEXT = {"input_ids": (_LENGTH,)}
-_TEXTS = {"input_ids": (_LENGTH,), "decoder_input_ids": (_ANSWER,)}
-_IMAGE = {"pixel_values": (3, 32, 32)}
+TEXT = {"input_ids": (_LENGTH,)}
+TEXTS = {"input_ids": (_LENGTH,), "decoder_input_ids": (_ANSWER,)}
+IMAGE = {"pixel_values": (3, 32, 32)}
 
-_ENCODER = {
+ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -121,8 +136,8 @@ _ENCODER = {
     "intermediate_size": 96,
     "max_position_embeddings": 48,
 }
-_DECODER = {**_ENCODER, "num_key_value_heads": 2}
-_VISION = {
+DECODER = {**ENCODER, "num_key_value_heads": 2}
+VISION = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -130,7 +145,7 @@ _VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
-_BOTH = {
+BOTH = {
     "d_model": 64,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -165,19 +180,19 @@ _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _MIXTRAL = (_LLAMA[0], "model.layers.0.mlp.experts.down_proj[2]", _LLAMA[2])
 
 _MODELS = (
-    _model(
+    model(
         "bert",
         "BertForSequenceClassification",
-        {**_ENCODER, "num_labels": 3},
+        {**ENCODER, "num_labels": 3},
         _bert("bert"),
     ),
-    _model(
+    model(
         "roberta",
         "RobertaForSequenceClassification",
-        {**_ENCODER, "num_labels": 3},
+        {**ENCODER, "num_labels": 3},
         _bert("roberta"),
     ),
-    _model(
+    model(
         "distilbert",
         "DistilBertForSequenceClassification",
         {
@@ -195,7 +210,7 @@ _MODELS = (
             "distilbert.embeddings.word_embeddings.weight[1]",
         ),
     ),
-    _model(
+    model(
         "gpt2",
         "GPT2LMHeadModel",
         {
@@ -212,7 +227,7 @@ _MODELS = (
             "transformer.wpe.weight[1]",
         ),
     ),
-    _model(
+    model(
         "opt",
         "OPTForCausalLM",
         {
@@ -230,28 +245,28 @@ _MODELS = (
             "model.decoder.embed_positions.weight[1]",
         ),
     ),
-    _model("llama", "LlamaForCausalLM", _DECODER, _LLAMA),
-    _model("mistral", "MistralForCausalLM", {**_DECODER, "sliding_window": 8}, _LLAMA),
-    _model("qwen", "Qwen3ForCausalLM", {**_DECODER, "head_dim": 16}, _LLAMA),
-    _model(
+    model("llama", "LlamaForCausalLM", DECODER, _LLAMA),
+    model("mistral", "MistralForCausalLM", {**DECODER, "sliding_window": 8}, _LLAMA),
+    model("qwen", "Qwen3ForCausalLM", {**DECODER, "head_dim": 16}, _LLAMA),
+    model(
         "gemma",
         "GemmaForCausalLM",
-        {**_DECODER, "head_dim": 24},
+        {**DECODER, "head_dim": 24},
         (*_LLAMA[:2], "lm_head.weight[1]"),
     ),
-    _model("phi3", "Phi3ForCausalLM", {**_DECODER, "pad_token_id": 0}, _PHI3),
-    _model("mixtral", "MixtralForCausalLM", {**_DECODER, **_EXPERTS}, _MIXTRAL),
-    _model(
+    model("phi3", "Phi3ForCausalLM", {**DECODER, "pad_token_id": 0}, _PHI3),
+    model("mixtral", "MixtralForCausalLM", {**DECODER, **_EXPERTS}, _MIXTRAL),
+    model(
         "gpt-oss",
         "GptOssForCausalLM",
-        {**_DECODER, **_EXPERTS, "head_dim": 16, "sliding_window": 8},
+        {**DECODER, **_EXPERTS, "head_dim": 16, "sliding_window": 8},
         _MIXTRAL,
     ),
-    _model(
+    model(
         "qwen-moe",
         "Qwen3MoeForCausalLM",
         {
-            **_DECODER,
+            **DECODER,
             "head_dim": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
@@ -259,11 +274,11 @@ _MODELS = (
         },
         _MIXTRAL,
     ),
-    _model(
+    model(
         "deepseek",
         "DeepseekV3ForCausalLM",
         {
-            **_ENCODER,
+            **ENCODER,
             "num_key_value_heads": 4,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -283,11 +298,11 @@ _MODELS = (
             _LLAMA[2],
         ),
     ),
-    _model(
+    model(
         "jamba",
         "JambaForCausalLM",
         {
-            **_DECODER,
+            **DECODER,
             "use_mamba_kernels": False,
             "num_experts": 2,
             "mamba_d_state": 8,
@@ -303,7 +318,7 @@ _MODELS = (
             _LLAMA[2],
         ),
     ),
-    _model(
+    model(
         "t5",
         "T5ForConditionalGeneration",
         {
@@ -320,53 +335,53 @@ _MODELS = (
             "encoder.block.0.layer.1.DenseReluDense.wi.weight[0]",
             "lm_head.weight[1]",
         ),
-        _TEXTS,
+        TEXTS,
     ),
-    _model(
+    model(
         "bart",
         "BartForConditionalGeneration",
-        {"vocab_size": VOCABULARY, "max_position_embeddings": 48, **_BOTH},
+        {"vocab_size": VOCABULARY, "max_position_embeddings": 48, **BOTH},
         (
             "model.encoder.layers.0.self_attn.v_proj.weight[0]",
             "model.encoder.layers.0.fc1.weight[0]",
             "model.encoder.embed_positions.weight[1]",
         ),
-        _TEXTS,
+        TEXTS,
     ),
-    _model(
+    model(
         "vit",
         "ViTForImageClassification",
-        {**_VISION, "num_labels": 10},
+        {**VISION, "num_labels": 10},
         (
             "vit.layers.0.attention.v_proj.weight[0]",
             "vit.layers.0.mlp.fc1.weight[0]",
             "vit.embeddings.position_embeddings[2]",
         ),
-        _IMAGE,
+        IMAGE,
     ),
-    _model(
+    model(
         "deit",
         "DeiTForImageClassificationWithTeacher",
-        {**_VISION, "num_labels": 10},
+        {**VISION, "num_labels": 10},
         (
             "deit.layers.0.attention.v_proj.weight[0]",
             "deit.layers.0.mlp.fc1.weight[0]",
             "deit.embeddings.position_embeddings[2]",
         ),
-        _IMAGE,
+        IMAGE,
     ),
-    _model(
+    model(
         "beit",
         "BeitForImageClassification",
-        {**_VISION, "num_labels": 10, "use_relative_position_bias": True},
+        {**VISION, "num_labels": 10, "use_relative_position_bias": True},
         (
             "beit.layers.0.attention.v_proj.weight[0]",
             "beit.layers.0.mlp.fc1.weight[0]",
             "beit.embeddings.cls_token[2]",
         ),
-        _IMAGE,
+        IMAGE,
     ),
-    _model(
+    model(
         "swin",
         "SwinForImageClassification",
         {
@@ -383,9 +398,9 @@ _MODELS = (
             "swin.encoder.layers.0.blocks.0.mlp.fc1.weight[0]",
             "swin.embeddings.norm.weight[0]",
         ),
-        _IMAGE,
+        IMAGE,
     ),
-    _model(
+    model(
         "segformer",
         "SegformerForSemanticSegmentation",
         {
@@ -405,7 +420,7 @@ _MODELS = (
         ),
         {"pixel_values": (3, 64, 64)},
     ),
-    _model(
+    model(
         "detr",
         "DetrForObjectDetection",
         {
@@ -423,7 +438,7 @@ _MODELS = (
             ),
             "num_queries": 9,
             "num_labels": 7,
-            **_BOTH,
+            **BOTH,
         },
         (
             "model.encoder.layers.0.self_attn.v_proj.weight[0]",
@@ -433,12 +448,12 @@ _MODELS = (
         {"pixel_values": (3, 64, 64)},
         ("logits", "pred_boxes"),
     ),
-    _model(
+    model(
         "clip",
         "CLIPModel",
         {
-            "text_config": {**_ENCODER, "eos_token_id": 1, "projection_dim": 40},
-            "vision_config": {**_VISION, "intermediate_size": 80, "projection_dim": 40},
+            "text_config": {**ENCODER, "eos_token_id": 1, "projection_dim": 40},
+            "vision_config": {**VISION, "intermediate_size": 80, "projection_dim": 40},
             "projection_dim": 40,
         },
         (
@@ -446,10 +461,10 @@ _MODELS = (
             "text_model.encoder.layers.0.mlp.fc1.weight[0]",
             "text_model.embeddings.token_embedding.weight[1]",
         ),
-        {"input_ids": (_LENGTH,), **_IMAGE},
+        {"input_ids": (_LENGTH,), **IMAGE},
         ("logits_per_image",),
     ),
-    _model(
+    model(
         "whisper",
         "WhisperForConditionalGeneration",
         {
@@ -461,7 +476,7 @@ _MODELS = (
             "bos_token_id": 1,
             "eos_token_id": 1,
             "decoder_start_token_id": 1,
-            **_BOTH,
+            **BOTH,
         },
         (
             "model.encoder.layers.0.self_attn.v_proj.weight[0]",
@@ -470,7 +485,7 @@ _MODELS = (
         ),
         {"input_features": (20, 50), "decoder_input_ids": (_ANSWER,)},
     ),
-    _model(
+    model(
         "wav2vec2",
         "Wav2Vec2ForCTC",
         {
@@ -493,7 +508,7 @@ _MODELS = (
         ),
         {"input_values": (800,)},
     ),
-    _model(
+    model(
         "mamba",
         "MambaForCausalLM",
         {
