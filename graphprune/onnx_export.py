@@ -126,12 +126,19 @@ def _converted(
             )
     except Exception as error:
         raise ExportError(
-            f"torch's ONNX exporter refused {program.source} (opset {opset or 'default'}): {first_line(error)}"
+            f"torch's ONNX exporter refused {program.source} (opset {opset or 'default'}): {_innermost(error)}"
         ) from error
     if converted is None:
         raise ExportError(f"torch's ONNX exporter gave no model for {program.source}")
     _strip(converted.model)
     return converted.model
+
+
+def _innermost(error: BaseException) -> str:
+    """Return what was wrong in the first place: the exporter's own errors say which of its steps failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
 
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from onnxscript import opset18
 
+from graphprune.errors import ExportError
+
 __all__ = ["translations"]
 
 op: Any = opset18  # it takes numbers and lists where its types ask for tensors
@@ -28,9 +30,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _grouped_mm(x: Any, weights: Any, offs: Any, bias: Any = None, out_dtype: Any = None) -> Any:
-    """Rows (rows, inner), each times one of the matrices (groups, inner, columns); `offs` says where groups end."""
+    """Rows (rows, inner), each times one of the matrices (groups, inner, columns); `offs` says where groups end.
+
+    The operator's other forms are those of its gradients.
+    """
     if offs is None or bias is not None or out_dtype is not None or len(x.shape) != 2:
-        raise NotImplementedError("products of groups are translated for rows of a matrix alone")
+        raise ExportError("aten::_grouped_mm is written for rows of one matrix alone")
     ends = op.Cast(offs, to=7)
     pieces, start = [], op.Constant(value_ints=[0])
     for group in range(weights.shape[0]):
@@ -45,11 +50,11 @@ def _grouped_mm(x: Any, weights: Any, offs: Any, bias: Any = None, out_dtype: An
 
 
 def _histc(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:  # named as in ATen
-    """How many of the values lie in each of equal bins; those outside do not count."""
-    if min >= max:
-        raise NotImplementedError("histc is translated for bounds that are given")
+    """How many of the values lie in each of equal bins; equal bounds stand for the values' own."""
     low, high = (op.CastLike(op.Constant(value_float=float(v)), x) for v in (min, max))
-    width = op.CastLike(op.Constant(value_float=(max - min) / bins), x)
+    if min == max:
+        low, high = op.ReduceMin(x, keepdims=0), op.ReduceMax(x, keepdims=0)
+    width = op.Div(op.Sub(high, low), op.CastLike(op.Constant(value_float=float(bins)), x))
     place = op.Floor(op.Div(op.Sub(x, low), width))
     last = op.CastLike(op.Constant(value_float=float(bins - 1)), x)
     outside = op.Or(op.Less(x, low), op.Greater(x, high))

@@ -257,11 +257,11 @@ def _python(text: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_an_operator_of_nobody_known(tmp_path: Path) -> None:
+def test_an_operator_of_an_unknown_library(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     _export_elsewhere(
         """
-@torch.library.custom_op("nobodys::twice", mutates_args=())
+@torch.library.custom_op("elsewhere::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
@@ -273,7 +273,9 @@ class make(torch.nn.Module):
 """,
         path,
     )
-    with pytest.raises(LoadError, match="calls the operator nobodys::twice, .* import the module"):
+    with pytest.raises(
+        LoadError, match="calls the operator elsewhere::twice, .* import the module"
+    ):
         load_model(str(path))
 
 

@@ -181,7 +181,7 @@ def test_products_of_groups_and_counts(tmp_path: Path) -> None:
     assert parity(program, session).passed
 
 
-@pytest.mark.parametrize(("low", "high", "bins"), [(-1.0, 1.0, 4), (0.25, 0.5, 3)])
+@pytest.mark.parametrize(("low", "high", "bins"), [(-1.0, 1.0, 4), (0.25, 0.5, 3), (0.0, 0.0, 5)])
 def test_histograms(low: float, high: float, bins: int, tmp_path: Path) -> None:
     class Histogram(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

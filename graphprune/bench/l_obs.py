@@ -6,7 +6,7 @@
 
 The iterative form does both in several stages, the iterations shared out among them; for LeNet-300-100
 also with many more of them. What is kept is counted, weights without biases. Shares per layer, damping and learning
-rates were chosen on the held-out images.
+rates were chosen on the held-out images, but for those of CIFAR-Net, which have not been chosen yet.
 
 Source: Dong, Chen and Pan 2017, "Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon", table 1.
 """
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from graphprune.capture import capture
 from graphprune.data import DataSource, Split
+from graphprune.files import write_atomic
 from graphprune.program import Program
 from graphprune.second_order.layers import layers
 from graphprune.second_order.layerwise import Amount, Update, prune_layers
@@ -308,7 +309,9 @@ def dense_network(
         seed=seed,
     )
     if kept is not None:
-        save_file(dict(program.module.state_dict()), kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomic(kept) as temporary:
+            save_file(dict(program.module.state_dict()), temporary)
     return program
 
 

@@ -25,6 +25,7 @@ from graphprune.groups import analyze
 from graphprune.pipeline import Pipeline
 from graphprune.program import Program
 from graphprune.textform import format_pass
+from graphprune.zoo.peer import is_fused_attention
 
 __all__ = ["PEERS", "Row", "Start", "methods", "run_row", "to_markdown"]
 
@@ -102,14 +103,10 @@ def run_row(start: Start, method: str, target: float, samples: int, *, seed: int
     error, macs, accuracy = "", None, None
     try:
         cut = (_peer if peer else _own)(start, dense, method, target, samples, seed)
-    except UsageError:
-        raise
-    except Exception as exception:  # what a peer raises is a result, too
-        if not peer:
-            raise
-        error = f"{type(exception).__name__}: {exception}"
-    seconds = time.perf_counter() - started
-    if not error:
+    except _PeerFails as failure:
+        error, seconds = str(failure), time.perf_counter() - started
+    else:
+        seconds = time.perf_counter() - started
         macs = analyze(cut).cost.macs / analyze(dense).cost.macs
         accuracy = evaluate(cut.module, start.data.test(250))
     return Row(
@@ -121,6 +118,10 @@ def run_row(start: Start, method: str, target: float, samples: int, *, seed: int
         seconds=seconds,
         error=error,
     )
+
+
+class _PeerFails(Exception):
+    """Torch-Pruning has no cut to show, and this is why."""
 
 
 def _own(
@@ -152,7 +153,13 @@ def _peer(
         ratio = (low + high) / 2
         if (key := (method, ratio, seed)) not in start.cuts:
             torch.manual_seed(seed)
-            model = _torch_pruning(start, criterion, ratio, seed, together=together)
+            try:
+                model = _torch_pruning(start, criterion, ratio, seed, together=together)
+                model(start.example)
+            except UsageError:
+                raise
+            except Exception as error:  # whatever it raises is its result
+                raise _PeerFails(f"{type(error).__name__}: {error}") from error
             start.cuts[key] = capture(model, start.example)
         program = start.cuts[key]
         if analyze(program).cost.macs <= goal:
@@ -160,7 +167,7 @@ def _peer(
         else:
             low = ratio
     if best is None:
-        raise RuntimeError(f"no ratio up to {high} reaches {target} of the MACs")
+        raise _PeerFails(f"no ratio up to {high} reaches {target} of the MACs")
     return Pipeline.parse(_reestimate(samples)).run(best, data=start.data, device="cpu").program
 
 
@@ -188,7 +195,7 @@ def _torch_pruning(
         ignored_layers=fixed,
         in_channel_groups={},
         out_channel_groups={},
-        num_heads={m.qkv: m.heads for m in model.modules() if hasattr(m, "qkv")},
+        num_heads={m.qkv: m.num_heads for m in model.modules() if is_fused_attention(m)},
     )
     _gradients(model, pruner, criterion, start.data, seed)
     pruner.step()

@@ -17,9 +17,11 @@ from graphprune.zoo.transformers import (
     DECODER,
     ENCODER,
     IMAGE,
+    SOUND,
     TEXT,
     TEXTS,
     VISION,
+    WAVE,
     TransformersModel,
     model,
 )
@@ -29,33 +31,20 @@ __all__ = ["TABLE", "more_transformers_models"]
 TABLE = Path(__file__).with_name("more_transformers.json")
 """Name -> architecture, base, options beside it, inputs, outputs."""
 
-_SOUND = {
-    "vocab_size": 32,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "conv_dim": [24, 40],
-    "conv_stride": [5, 4],
-    "conv_kernel": [10, 8],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
 _BASES: Mapping[str, Mapping[str, Any]] = {
     "": {},
     "encoder": ENCODER,
     "decoder": DECODER,
     "vision": VISION,
     "both": BOTH,
-    "sound": _SOUND,
+    "sound": SOUND,
 }
 _INPUTS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "text": TEXT,
     "texts": TEXTS,
     "image": IMAGE,
     "large image": {"pixel_values": (3, 64, 64)},
-    "sound": {"input_values": (800,)},
+    "sound": WAVE,
 }
 
 

@@ -15,7 +15,14 @@ from torchvision.models import VisionTransformer
 
 from graphprune.errors import UsageError
 
-__all__ = ["attempt", "count_parameters", "output_shapes", "processor_time", "torch_pruning"]
+__all__ = [
+    "attempt",
+    "count_parameters",
+    "is_fused_attention",
+    "output_shapes",
+    "processor_time",
+    "torch_pruning",
+]
 
 
 def torch_pruning(ratio: float) -> Callable[[nn.Module, Any], nn.Module]:
@@ -36,7 +43,7 @@ def torch_pruning(ratio: float) -> Callable[[nn.Module, Any], nn.Module]:
         raise UsageError("the comparison needs Torch-Pruning: pip install -e '.[bench]'") from error
 
     def run(model: nn.Module, example: Any) -> nn.Module:
-        fused = [m for m in model.modules() if _is_fused_attention(m)]
+        fused = [m for m in model.modules() if is_fused_attention(m)]
         pruner = tp.pruner.MagnitudePruner(
             model,
             example_inputs=example,
@@ -112,7 +119,7 @@ def processor_time(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, previous)
 
 
-def _is_fused_attention(module: nn.Module) -> bool:
+def is_fused_attention(module: nn.Module) -> bool:
     """Return whether one layer gives queries, keys and values of several heads, as in timm."""
     is_linear = isinstance(getattr(module, "qkv", None), nn.Linear)
     return is_linear and isinstance(getattr(module, "num_heads", None), int)

@@ -24,10 +24,12 @@ __all__ = [
     "ENCODER",
     "FAST",
     "IMAGE",
+    "SOUND",
     "TEXT",
     "TEXTS",
     "VISION",
     "VOCABULARY",
+    "WAVE",
     "TransformersModel",
     "model",
     "transformers_models",
@@ -127,6 +129,7 @@ def model(
 TEXT = {"input_ids": (_LENGTH,)}
 TEXTS = {"input_ids": (_LENGTH,), "decoder_input_ids": (_ANSWER,)}
 IMAGE = {"pixel_values": (3, 32, 32)}
+WAVE = {"input_values": (800,)}
 
 ENCODER = {
     "vocab_size": VOCABULARY,
@@ -144,6 +147,19 @@ VISION = {
     "intermediate_size": 96,
     "image_size": 32,
     "patch_size": 8,
+}
+SOUND = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "conv_dim": [24, 40],
+    "conv_stride": [5, 4],
+    "conv_kernel": [10, 8],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
 }
 BOTH = {
     "d_model": 64,
@@ -488,25 +504,13 @@ _MODELS = (
     model(
         "wav2vec2",
         "Wav2Vec2ForCTC",
-        {
-            "vocab_size": 32,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 96,
-            "conv_dim": [24, 40],
-            "conv_stride": [5, 4],
-            "conv_kernel": [10, 8],
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
+        SOUND,
         (
             "wav2vec2.encoder.layers.0.attention.v_proj.weight[0]",
             "wav2vec2.encoder.layers.0.feed_forward.intermediate_dense.weight[0]",
             "wav2vec2.feature_projection.projection.weight[0]",
         ),
-        {"input_values": (800,)},
+        WAVE,
     ),
     model(
         "mamba",

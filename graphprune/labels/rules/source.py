@@ -42,10 +42,9 @@ def enumerate_(trace: Trace, call: Call) -> Any:
 @rule("bincount")
 def bincount(trace: Trace, call: Call) -> Any:
     """How often each number occurs; ``minlength`` is how many numbers there are."""
-    numbers, weights = call.args[0], call.arg(1, "weights")
-    if not trace.is_meta(numbers) and weights is None and not numbers.is_meta:
+    if not any(trace.is_meta(t) for t in call.tensors()):
         return trace.run(call)
-    length = call.arg(2, "minlength", 0)
+    weights, length = call.arg(1, "weights"), call.arg(2, "minlength", 0)
     if not length:
         raise ValueError("bincount expected minlength: without it, its size depends on the data")
     for tensor in call.tensors():
