@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from graphprune.cut.numbers import Numbers
 from graphprune.cut.shapes import Shapes
 from graphprune.errors import AnalysisError
+from graphprune.labels.strides import distance_of, steps_of
 from graphprune.labels.trace import TensorInfo
 
 __all__ = ["LiteralChange", "literals_of", "pad_widths", "rewrite_literals"]
@@ -308,6 +309,25 @@ def _repeat_interleave(site: Site) -> None:
     before, after = site.shapes.size(source, dim), site.shapes.size(site.out, dim)
     if before and after % before == 0 and after != before * repeats:
         site.put(1, "repeats", after // before)
+
+
+@literals_of("as_strided")
+def _as_strided(site: Site) -> None:
+    """Strides are distances: the same steps along the dimensions of what is left."""
+    source = site.info(site.node.args[0])
+    if not site.shapes.changed(source):
+        return
+    shape = site.shapes.shape(source)
+
+    def moved(distance: Any) -> Any:
+        old = site.shapes.values[distance.name] if isinstance(distance, fx.Node) else distance
+        steps = steps_of(old, source.shape)
+        return site.size(distance, distance_of(steps, shape))
+
+    site.put(1, "size", _sizes(site, site.arg(1, "size"), site.shapes.shape(site.out), spare=False))
+    site.put(2, "stride", [moved(distance) for distance in site.arg(2, "stride")])
+    if site.arg(3, "storage_offset"):
+        site.put(3, "storage_offset", moved(site.arg(3, "storage_offset")))
 
 
 # -- ranges -------------------------------------------------------------------------------------------------------

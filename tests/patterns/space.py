@@ -63,6 +63,61 @@ def unfold_of_tensor() -> Net:
 
 
 @pattern("a")
+def windows_by_strides() -> Net:
+    """Overlapping patches of a feature map, with strides written as numbers."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x).as_strided((x.shape[0], 6, 4, 3, 3, 3), (180, 30, 5, 1, 5, 1))
+        return m.z(y.amax((4, 5)))
+
+    return Net(run, a=conv(3, 6), z=conv(6, 4))
+
+
+@pattern("a")
+def windows_of_tokens_by_strides() -> Net:
+    """Longformer's chunks: each overlaps the next by half, and the strides are computed."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = torch.tanh(m.a(x))
+        b, tokens, width = y.stride()
+        chunks = y.as_strided((y.shape[0], 3, 4, y.shape[2]), (b, 2 * tokens, tokens, width))
+        return m.z(chunks).sum(2)
+
+    return Net(run, shape=(8, 5), a=lin(5, 6), z=lin(6, 4))
+
+
+@pattern("a")
+def windows_from_a_later_row() -> Net:
+    """Channels go last, and the first row is left out."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = torch.as_strided(m.a(x), (x.shape[0], 5, 5, 6), (180, 5, 1, 30), 5)
+        return m.z(y)
+
+    return Net(run, a=conv(3, 6), z=lin(6, 4))
+
+
+@pattern("", kept="a", why="read by strides")
+def every_second_channel_by_strides() -> Net:
+    """The strides step over channels, so none may go."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        return m.z(m.a(x).as_strided((x.shape[0], 3, 6, 5), (180, 60, 5, 1)))
+
+    return Net(run, a=conv(3, 6), z=conv(3, 4))
+
+
+@pattern("", kept="a", why="read by strides")
+def rows_across_channels_by_strides() -> Net:
+    """Windows run from the end of one channel into the next."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        return m.z(m.a(x).as_strided((x.shape[0], 5, 7, 5), (180, 30, 5, 1)))
+
+    return Net(run, a=conv(3, 6), z=conv(5, 4))
+
+
+@pattern("a")
 def involution() -> Net:
     """A kernel for every position, shared within groups of channels."""
 

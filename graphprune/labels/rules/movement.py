@@ -6,6 +6,7 @@ dimensions is in `reshape`, what picks along one in `picking`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from graphprune.labels.atoms import Atoms
 from graphprune.labels.field import Field, meet
 from graphprune.labels.rules import rule
 from graphprune.labels.rules.elementwise import FIXED
+from graphprune.labels.strides import distance_of, steps_of
 from graphprune.labels.trace import Call, Trace
 
 __all__: list[str] = []
@@ -269,3 +271,54 @@ def repeat(trace: Trace, call: Call) -> Any:
             fields.append(Field((dim,), trace.table.copies(n)))
     shape = tuple(n * t for n, t in zip(sizes, times, strict=True))
     return trace.new(shape, x, tuple(fields))
+
+
+# -- windows by strides -------------------------------------------------------------------------------------------
+
+
+@rule("as_strided")
+def as_strided(trace: Trace, call: Call) -> Any:
+    """Read a contiguous tensor with other sizes and strides: windows that overlap, steps, diagonals."""
+    x = call.args[0]
+    if not trace.is_meta(x):
+        return trace.run(call)
+    sizes = [int(n) for n in call.arg(1, "size")]
+    strides = [int(n) for n in call.arg(2, "stride")]
+    start = steps_of(int(call.arg(3, "storage_offset") or 0), x.shape)
+    walks = [
+        steps_of(s, x.shape) if n > 1 else (0,) * x.dim()
+        for n, s in zip(sizes, strides, strict=True)
+    ]
+    place = {
+        d: k
+        for d in range(x.dim())
+        if (k := _walked_alone(d, x.shape, sizes, walks, start)) is not None
+    }
+    fields = []
+    for field in trace.fields(x):
+        lost = [d for d in field.dims if d not in place]
+        left = trace.settle(field, lost, "read by strides") if lost else field
+        if left is not None:
+            fields.append(left.moved([place.get(d, -1) for d in range(x.dim())]))
+    return trace.new(tuple(sizes), x, tuple(fields))
+
+
+def _walked_alone(
+    dim: int,
+    shape: Sequence[int],
+    sizes: Sequence[int],
+    walks: Sequence[Sequence[int]],
+    start: Sequence[int],
+) -> int | None:
+    """Return the output's dimension that goes through all of `dim` and nothing else, if no other one moves along it."""
+    alone = tuple(int(d == dim) for d in range(len(shape)))
+    moving = [k for k, walk in enumerate(walks) if walk[dim]]
+    if len(moving) != 1 or tuple(walks[moving[0]]) != alone or sizes[moving[0]] != shape[dim]:
+        return None
+    # What moves along inner dimensions must not run over into this one, nor over its end.
+    inner = shape[dim + 1 :]
+    reach = distance_of(start[dim + 1 :], inner)
+    reach += sum(
+        (n - 1) * distance_of(walk[dim + 1 :], inner) for n, walk in zip(sizes, walks, strict=True)
+    )
+    return moving[0] if not start[dim] and reach < math.prod(inner) else None
