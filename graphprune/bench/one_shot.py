@@ -59,6 +59,8 @@ class Start:
     """Modules whose outputs Torch-Pruning may cut; None: all but the last linear layer."""
     cuts: dict[tuple[str, float, int], Program] = field(default_factory=dict)
     """What Torch-Pruning made, by criterion, ratio and seed: searches for several targets try the same ratios."""
+    scored: dict[tuple[str, int], tuple[nn.Module, Any]] = field(default_factory=dict)
+    """By criterion and seed: a model with the gradients that the criterion works with, and the criterion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +180,17 @@ def _torch_pruning(
         import torch_pruning
     except ImportError as error:
         raise UsageError("the comparison needs Torch-Pruning: pip install -e '.[bench]'") from error
-    model = copy.deepcopy(start.model).eval()
+    if (key := (criterion, seed)) not in start.scored:
+        start.scored[key] = _with_gradients(
+            start, getattr(torch_pruning.importance, criterion), seed
+        )
+    scored, _ = start.scored[key]
+    model, importance = copy.deepcopy(start.scored[key])
+    for parameter, source in zip(model.parameters(), scored.parameters(), strict=True):
+        parameter.grad = None if source.grad is None else source.grad.clone()
     named = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     inner = set(list(named)[:-1] if start.inner is None else start.inner)
     fixed = [module for name, module in named.items() if name not in inner]
-    kind = getattr(torch_pruning.importance, criterion)
-    importance = (
-        kind(num_classes=start.data.num_classes) if criterion == "OBDCImportance" else kind()
-    )
     pruner = torch_pruning.pruner.BasePruner(
         model,
         start.example,
@@ -197,16 +202,20 @@ def _torch_pruning(
         out_channel_groups={},
         num_heads={m.qkv: m.num_heads for m in model.modules() if is_fused_attention(m)},
     )
-    _gradients(model, pruner, criterion, start.data, seed)
     pruner.step()
     for parameter in model.parameters():
         parameter.grad = None
     return model
 
 
-def _gradients(model: nn.Module, pruner: Any, criterion: str, data: DataSource, seed: int) -> None:
-    """Give a criterion the gradients that it works with, as Torch-Pruning's own benchmark does."""
-    importance = pruner.importance
+def _with_gradients(start: Start, kind: Any, seed: int) -> tuple[nn.Module, Any]:
+    """Return a copy of the model and a criterion of this kind, with the gradients that it works with.
+
+    They are taken as Torch-Pruning's own benchmark takes them.
+    """
+    model, data = copy.deepcopy(start.model).eval(), start.data
+    criterion = kind.__name__
+    importance = kind(num_classes=data.num_classes) if criterion == "OBDCImportance" else kind()
     batches = list(data.train(64, seed=seed, limit=GRADIENT_SAMPLES))
     if criterion == "GroupTaylorImportance":
         for images, labels in batches:
@@ -231,6 +240,7 @@ def _gradients(model: nn.Module, pruner: Any, criterion: str, data: DataSource, 
             F.cross_entropy(logits, sampled).backward()
             importance.step()
         importance._rm_hooks(model)
+    return model, importance
 
 
 def _cell(row: Row) -> str:
