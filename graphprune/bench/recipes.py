@@ -26,7 +26,7 @@ from graphprune.groups import analyze
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.program import Program
 from graphprune.registry import methods as registered_methods
-from graphprune.textform import format_pass
+from graphprune.textform import format_pass, interpret, parse
 
 __all__ = ["Budget", "Row", "pipelines", "run_row", "to_markdown"]
 
@@ -46,6 +46,8 @@ class Budget:
     """Fraction of the dense MACs that the cut network has."""
     gates: float = 0.5
     """Share of the compute that gates may take."""
+    options: str = ""
+    """Of the training after the cut: ``mixup=1.0 distill=0.9``."""
 
     @property
     def gate_epochs(self) -> int:
@@ -74,7 +76,10 @@ class Row:
     """On the test set, before the epochs of the cut network."""
     accuracy: float
     """On the test set, after the last epoch."""
-    seconds: float
+    seconds: float | None
+    """None where the row was interrupted, and went on from its checkpoint."""
+    options: str = ""
+    """Of the training after the cut."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -85,7 +90,7 @@ def pipelines(method: str, budget: Budget) -> tuple[str, str, str]:
     """Return the pipeline that chooses and cuts, the one that trains what is left, and the epochs of both as text.
 
     Raises:
-        UsageError: There is no such method.
+        UsageError: There is no such method, or the options are not those of a training.
     """
     if method not in (*registered_methods(), SCRATCH):
         known = ", ".join((*registered_methods(), SCRATCH))
@@ -104,7 +109,22 @@ def pipelines(method: str, budget: Budget) -> tuple[str, str, str]:
     options: dict[str, Any] = {"epochs": epochs}
     if method == SCRATCH:
         options |= {"lr": 0.1, "distill": 0.0}
+    options |= _read(budget.options)
     return cut, format_pass("fine-tune", options), f"{gated} + {epochs}"
+
+
+def _read(options: str) -> dict[str, Any]:
+    (step,) = parse(f"fine-tune{{{options}}}")
+    if "epochs" in step.options:
+        raise UsageError(f"options {options!r}: the number of epochs follows from the compute")
+    found = {
+        name: interpret(raw) for name, raw in step.options.items() if not isinstance(raw, tuple)
+    }
+    if len(found) < len(step.options):
+        raise UsageError(
+            f"options {options!r}: expected name=value, found several values for one name"
+        )
+    return found
 
 
 def run_row(
@@ -123,6 +143,7 @@ def run_row(
         UsageError: There is no such method.
     """
     first, second, epochs = pipelines(method, budget)
+    fresh = checkpoints is None or not any(checkpoints.iterdir())
     started = time.perf_counter()
     accuracies: list[float] = []
 
@@ -152,7 +173,8 @@ def run_row(
         macs=analyze(result.program).cost.macs / analyze(dense).cost.macs,
         cut_accuracy=accuracies[0],
         accuracy=evaluate(result.program.module, data.test(250), device=device),
-        seconds=seconds,
+        seconds=seconds if fresh else None,
+        options=budget.options,
     )
 
 
@@ -173,7 +195,12 @@ def to_markdown(rows: Sequence[Row], *, dense: float) -> str:
     heads = ("MACs", "method", "epochs: gates + cut", "after the cut", "trained", "seed", "seconds")
     lines = [" | ".join(heads), "--: | --- | --: | --: | --: | --: | --:"]
     lines += [
-        f"{r.macs:.3f} | {r.method} | {r.epochs} | {r.cut_accuracy:.2%} | {r.accuracy:.2%} | {r.seed} | {r.seconds:.0f}"
+        f"{r.macs:.3f} | {_label(r)} | {r.epochs} | {r.cut_accuracy:.2%} | {r.accuracy:.2%} | {r.seed} | "
+        + ("interrupted" if r.seconds is None else f"{r.seconds:.0f}")
         for r in sorted(rows, key=lambda r: (-r.target, -r.accuracy))
     ]
     return "\n".join([f"Dense: {dense:.2%}.", "", *(f"| {line} |" for line in lines), ""])
+
+
+def _label(row: Row) -> str:
+    return f"{row.method}, {row.options}" if row.options else row.method

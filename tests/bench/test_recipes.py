@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,28 @@ def test_scratch_knows_nothing_of_the_weights(dense: Program, digits: DataSource
 def test_an_unknown_method_is_refused(dense: Program, digits: DataSource) -> None:
     with pytest.raises(UsageError, match="expected one of .*scratch, found 'best'"):
         run_row(dense, digits, "best", BUDGET)
+
+
+def test_options_go_to_the_training_after_the_cut() -> None:
+    budget = Budget(compute=6.0, target=0.5, options="mixup=1.0 distill=0.9")
+    cut, training, _ = pipelines("magnitude", budget)
+    assert training == "fine-tune{epochs=7 mixup=1.0 distill=0.9}"
+    assert "mixup" not in cut
+    with pytest.raises(UsageError, match="the number of epochs follows from the compute"):
+        pipelines("magnitude", Budget(compute=6.0, target=0.5, options="epochs=3"))
+    with pytest.raises(UsageError, match="expected name=value"):
+        pipelines("magnitude", Budget(compute=6.0, target=0.5, options="mixup=(1,2)"))
+
+
+def test_a_row_that_was_interrupted_has_no_time(
+    dense: Program, digits: DataSource, tmp_path: Path
+) -> None:
+    first = run_row(dense, digits, "random", BUDGET, device="cpu", checkpoints=tmp_path)
+    again = run_row(dense, digits, "random", BUDGET, device="cpu", checkpoints=tmp_path)
+    assert first.seconds is not None
+    assert again.seconds is None
+    assert again.accuracy == first.accuracy
+    assert to_markdown([again], dense=0.9).splitlines()[-1].endswith("| interrupted |")
 
 
 def test_the_table_has_the_best_of_each_target_first() -> None:
