@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ _DISTANCES = torch.ops.aten.cdist.default
 def _taken_apart(exported: ExportedProgram) -> ExportedProgram:
     """Return the program with those operators in parts that the exporter does not know.
 
-    These are distances, and attention in more or fewer than four dimensions.
+    These are distances, attention in more or fewer than four dimensions, and movements of complex numbers.
     """
     table: dict[Any, Any] = {}
     for node in exported.graph.nodes:
@@ -156,9 +156,12 @@ def _taken_apart(exported: ExportedProgram) -> ExportedProgram:
             table[_ATTENTION] = default_decompositions()[_ATTENTION]
         elif node.target is _DISTANCES:
             table[_DISTANCES] = _distances
+        elif node.target in _MOVED and node.args[0].meta["val"].is_complex():
+            table[node.target] = _MOVED[node.target]
     if not table:
         return exported
-    decomposed: ExportedProgram = exported.run_decompositions(table)
+    with _pinned_strides(exported):
+        decomposed: ExportedProgram = exported.run_decompositions(table)
     return decomposed
 
 
@@ -166,6 +169,29 @@ def _distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = 
     """Distances between the rows of two matrices."""
     distances: Tensor = torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, dim=-1)
     return distances
+
+
+def _moved_as_pairs(move: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a movement of complex numbers as one of pairs of real ones; of real numbers it is none."""
+
+    def moved(x: Tensor, *args: Any) -> Any:
+        return torch.view_as_complex(move(x, *args)) if x.is_complex() else NotImplemented
+
+    return moved
+
+
+_MOVED: Mapping[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.unsqueeze.default: _moved_as_pairs(
+        lambda x, dim: torch.view_as_real(x).unsqueeze(dim % (x.dim() + 1))
+    ),
+    torch.ops.aten.expand.default: _moved_as_pairs(
+        lambda x, sizes: torch.view_as_real(x).expand(*sizes, 2)
+    ),
+    torch.ops.aten.select.int: _moved_as_pairs(
+        lambda x, dim, index: torch.view_as_real(x).select(dim % x.dim(), index)
+    ),
+}
+"""Movements that the exporter knows of real numbers alone."""
 
 
 @contextlib.contextmanager

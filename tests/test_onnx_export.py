@@ -261,3 +261,35 @@ def test_attention_whose_kernel_and_decomposition_differ_in_strides(tmp_path: Pa
     export_onnx(program, tmp_path / "model.onnx")
     check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
     assert check.passed, check.detail
+
+
+class _Rotary(nn.Module):
+    """Positions as complex numbers, as in Llama 4 and DeepSeek; every movement of them that has a rewriting."""
+
+    turns: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(10, 48), nn.Linear(16, 10)
+        angles = torch.arange(7.0)[:, None] * torch.tensor([1.0, 0.1])
+        self.register_buffer("turns", torch.view_as_real(torch.polar(torch.ones(7, 2), angles)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(-1, 7, 3, 4, 4).unbind(2)
+        turns = torch.view_as_complex(self.turns)
+        q, k = (self.turned(t, turns).transpose(1, 2) for t in (q, k))
+        y = nn.functional.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+        out: Tensor = self.out(y.transpose(1, 2).reshape(-1, 7, 16))
+        return out
+
+    def turned(self, t: Tensor, turns: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(t.reshape(-1, 7, 4, 2, 2))
+        first = turns.unsqueeze(-2).expand(7, 4, 2) * turns.select(-2, 1)
+        return torch.view_as_real(pairs * first.unsqueeze(0)).flatten(3)
+
+
+def test_movements_of_complex_numbers_beside_attention(tmp_path: Path) -> None:
+    program = _program(_Rotary(), (2, 7, 10))
+    export_onnx(program, tmp_path / "model.onnx")
+    check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
+    assert check.passed, check.detail
