@@ -130,6 +130,7 @@ def _converted(
         ) from error
     if converted is None:
         raise ExportError(f"torch's ONNX exporter gave no model for {program.source}")
+    _hold_padding(converted.model)
     _strip(converted.model)
     return converted.model
 
@@ -247,6 +248,23 @@ def _key(entry: Any) -> Any:
         if hasattr(entry, attribute):
             return getattr(entry, attribute)
     return entry
+
+
+def _hold_padding(model: ir.Model) -> None:
+    """Put a node that does nothing between a border and the maximum over it.
+
+    ONNX Runtime (1.31) takes a border of zeros into the pooling, whose own border is minus infinity, and so gives other
+    answers for negative numbers. A ``Max`` of one value is as good as none, and keeps the two apart.
+    """
+    for pool in [n for n in model.graph.all_nodes() if n.op_type == "MaxPool"]:
+        border = pool.inputs[0]
+        source = None if border is None else border.producer()
+        if border is None or source is None or source.op_type != "Pad" or source.graph is None:
+            continue
+        apart = ir.node("Max", [border])
+        apart.outputs[0].shape, apart.outputs[0].type = border.shape, border.type
+        source.graph.insert_after(source, apart)
+        pool.replace_input_with(0, apart.outputs[0])
 
 
 def _strip(model: ir.Model) -> None:

@@ -293,3 +293,18 @@ def test_movements_of_complex_numbers_beside_attention(tmp_path: Path) -> None:
     export_onnx(program, tmp_path / "model.onnx")
     check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
     assert check.passed, check.detail
+
+
+class _Bordered(nn.Module):
+    """As BiT's: a border of zeros, and a maximum over it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = nn.functional.pad(-x.abs(), (1, 1, 1, 1))
+        return nn.functional.max_pool2d(padded, 3, 2)
+
+
+def test_a_border_of_zeros_is_not_taken_for_one_of_a_maximum(tmp_path: Path) -> None:
+    program = _program(_Bordered(), (2, 3, 8, 8))
+    export_onnx(program, tmp_path / "model.onnx")
+    check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
+    assert check.passed, check.detail
