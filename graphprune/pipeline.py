@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
+
 from graphprune import options, registry, textform
 from graphprune.check import Check
 from graphprune.devices import pick_device
@@ -449,11 +451,19 @@ class _Driver:
             for name, version in _versions(self.program).items()
             if versions.get(name) != version
         ]
-        if changed:
+        if not changed:
+            return
+        names = f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}"
+        if set(changed) <= _written_by_itself(self.program):
             raise PassError(
-                f"{step.spec()}: to the author of {type(step).__qualname__}: the pass must leave its input as it was, "
-                f"but wrote into {', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}"
+                f"{step.spec()}: {self.program.source} writes into its own {names} whenever it runs, so two runs "
+                f"differ and nothing can be compared with it. If the model does so the first time only, call it once "
+                f"before it is captured; else take the write out of its forward."
             )
+        raise PassError(
+            f"{step.spec()}: to the author of {type(step).__qualname__}: the pass must leave its input as it was, "
+            f"but wrote into {names}"
+        )
 
     def record_check(self, name: str, check: Check) -> None:
         """Keep the worst of several checks of one name; all must pass for it to pass."""
@@ -487,6 +497,15 @@ def _run(step: Pass, program: Program, context: Context) -> object:
 def _versions(program: Program) -> dict[str, int]:
     """Return how often each parameter and buffer has been written into."""
     return {name: t._version for name, t in program.named_tensors() if not t.is_inference()}
+
+
+def _written_by_itself(program: Program) -> set[str]:
+    """Return the parameters and buffers that one run of the program writes into."""
+    clone = program.clone()
+    before = _versions(clone)
+    with torch.no_grad():
+        clone.module(*clone.example_inputs)
+    return {name for name, version in _versions(clone).items() if before.get(name) != version}
 
 
 def _first_difference(before: str, after: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphprune import registry
+from graphprune.capture import capture
 from graphprune.check import Check
 from graphprune.errors import ExportError, PassError, TargetError
 from graphprune.outcome import Kept, Removed
@@ -273,6 +274,29 @@ def test_training_changes_values_of_a_clone(program: Program) -> None:
 def test_a_pass_that_breaks_its_promise_is_told(program: Program, how: str, message: str) -> None:
     with pytest.raises(PassError, match=f"to the author of Behave: .*{message}"):
         Pipeline([Behave(how=how)]).run(program)
+
+
+class _Fading(nn.Module):
+    """Halves its own weights whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.weight.div_(2)
+        y: Tensor = self.fc(x)
+        return y
+
+
+def test_a_program_that_writes_into_itself_is_told(tmp_path: Path) -> None:
+    with torch.no_grad():
+        program = capture(_Fading(), torch.randn(2, 4))
+    expected = (
+        r"export-onnx.*: _Fading writes into its own fc.weight whenever it runs, so two runs differ"
+    )
+    with pytest.raises(PassError, match=expected):
+        Pipeline.parse("export-onnx").run(program, out=tmp_path)
 
 
 def test_an_error_of_a_pass_names_the_pass(program: Program) -> None:
