@@ -271,7 +271,7 @@ class Builder:
     def _run(self, node: fx.Node, which: int) -> Any:
         args = fx.map_arg(node.args, lambda n: self.batched[n][which])
         kwargs = fx.map_arg(node.kwargs, lambda n: self.batched[n][which])
-        with ShapesOnly():
+        with ShapesOnly(), torch.device("meta"):  # what is made anew has a shape only, too
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             assert callable(node.target)

@@ -117,9 +117,8 @@ def _objects(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def _scalar(value: Any, other: Any) -> Any:
     """Return a known tensor of one element as a number, where that broadcasts as the tensor does."""
-    if isinstance(value, Tensor) and value.numel() == 1 and isinstance(other, fx.Node):
-        return value.item()
-    return value
+    is_number = isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool
+    return value.item() if is_number and isinstance(other, fx.Node) else value
 
 
 def _operands(b: Builder, call: Call) -> tuple[Any, Any]:
