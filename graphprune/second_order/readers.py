@@ -55,8 +55,13 @@ def unit_groups(
     program: Program, groups: DependencyGroups, units: Units
 ) -> tuple[list[UnitGroup], list[Kept]]:
     """Return the units that second-order methods can remove, by dependency group, and what must stay and why."""
-    known = {layer.node: layer for layer in layers(program) if layer.groups == 1}
+    convolving = layers(program)
+    known = {layer.node: layer for layer in convolving if layer.groups == 1}
     reading = _reading(groups, known)
+    tensors = dict(program.named_tensors())
+    for layer in convolving:
+        if layer.groups > 1 and tensors[layer.weight].shape[1] == 1:  # each channel by itself
+            reading.pop(layer.node, None)
     found: list[UnitGroup] = []
     kept: list[Kept] = []
     for number in np.unique(units.group):

@@ -125,6 +125,36 @@ def test_hidden_units_go_and_the_normalised_stream_stays(digits: DataSource) -> 
     assert "nothing can make up for it" in why["embed.weight[0] (16 channels)"]
 
 
+class _Separable(nn.Module):
+    """A depthwise convolution with a multiplier between two pointwise ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 3, padding=1)
+        self.depthwise = nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.pointwise = nn.Conv2d(24, 20, 1)
+        self.head = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.depthwise(torch.relu(self.stem(x))))
+        logits: Tensor = self.head(torch.relu(self.pointwise(x)).mean((2, 3)))
+        return logits
+
+
+def test_channels_go_through_depthwise_convolutions(digits: DataSource) -> None:
+    torch.manual_seed(0)
+    program = gp.capture(_Separable().eval(), torch.randn(1, 1, 8, 8))
+    result = _run(program, 'obs{target="macs=0.4" num_samples=256 round_to=1}', digits)
+    assert result.checks["surgery"].passed
+    cut = result.program.module
+    stem, grouped = (cut.get_parameter(f"{n}.weight").shape[0] for n in ("stem", "depthwise"))
+    assert stem < 12
+    assert grouped < 24
+    assert 0.3 < gp.analyze(result.program).cost.macs / gp.analyze(program).cost.macs <= 0.4
+    assert [kept.what for kept in result.kept if "stem" in kept.what] == []
+    assert result.measurements["obs_output_error"] < 0.5
+
+
 def test_a_ratio_takes_the_same_part_of_every_group(program: Program, digits: DataSource) -> None:
     result = _run(program, 'obs{target="ratio=0.25" num_samples=128 probe_samples=0}', digits)
     for group in gp.analyze(result.program):
