@@ -68,10 +68,8 @@ class _Block(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(
-            batch, tokens, 3, self.num_heads, dim // self.num_heads
-        )
+        # The size of a head is left open, for Torch-Pruning changes it and cannot tell.
+        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))

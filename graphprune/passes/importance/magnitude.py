@@ -31,6 +31,8 @@ class Magnitude(Pass):
 
     norm: Literal[1, 2] = 2
     """1: sum of absolute values; 2: sum of squares, which adds up over channels and places."""
+    relative: bool = False
+    """Count each weight as a share of its layer's: for chains without shortcuts, depthwise convolutions above all."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Return the norm of every coupled channel."""
@@ -40,7 +42,8 @@ class Magnitude(Pass):
             # Vectors (biases, norms) have their own scale; the matrices that make and read a channel say more.
             if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
                 return None
-            return norms_along(tensor, place.dim, order=self.norm)
+            norms = norms_along(tensor, place.dim, order=self.norm)
+            return norms / max(norms.sum(), np.finfo(np.float64).tiny) if self.relative else norms
 
         values = sum_over_places(program, groups, measure)
         return Scores(values=values, method=self.spec())

@@ -113,6 +113,25 @@ def test_magnitude_sums_rows_and_columns(
     assert np.allclose(at(scores, groups, "conv1.weight"), expected, rtol=1e-5)
 
 
+def test_relative_magnitude_is_a_share_of_every_layer(
+    program: Program, groups: DependencyGroups
+) -> None:
+    scores = at(score("magnitude{relative=true}", program), groups, "conv1.weight")
+    parameters = dict(program.module.named_parameters())
+    rows = parameters["conv1.weight"].detach().square().sum((1, 2, 3))
+    columns = parameters["conv2.weight"].detach().square().sum((0, 2, 3))
+    expected = (rows / rows.sum() + columns / columns.sum()).numpy()
+    assert np.allclose(scores, expected, rtol=1e-5)
+    assert abs(scores.sum() - 2.0) < 1e-5
+    # A layer that is scaled, as one before a batch norm may be, says the same.
+    with torch.no_grad():
+        scaled = program.clone()
+        scaled.module.get_parameter("conv1.weight").mul_(100.0)
+    assert np.allclose(
+        at(score("magnitude{relative=true}", scaled), groups, "conv1.weight"), expected, rtol=1e-5
+    )
+
+
 def test_batch_norm_scale_is_the_scale(program: Program, groups: DependencyGroups) -> None:
     scores = score("bn-scale", program)
     scale = program.module.get_parameter("bn1.weight").abs().detach().numpy()
