@@ -33,6 +33,7 @@ from graphprune.cost import CostModel, Keep
 from graphprune.errors import DataError, PassError, TargetError
 from graphprune.groups import DependencyGroups
 from graphprune.measured import land
+from graphprune.outcome import Kept
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -104,7 +105,10 @@ class StructuredObs(Pass):
             )
         surgeon = _Surgeon(self, program.clone(), context, groups, units, found, samples)
         removals = surgeon.order()
-        levels = surgeon.choose(removals)
+        try:
+            levels = surgeon.choose(removals)
+        except TargetError as out_of_reach:
+            raise TargetError(f"{out_of_reach}{_left_alone(kept)}") from out_of_reach
         error = surgeon.carry_out(removals, levels)
         keep = surgeon.keep(removals, levels)
         plan = Plan.of(
@@ -136,6 +140,14 @@ class StructuredObs(Pass):
             )
         loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
         return [batch[0] for batch in loader]
+
+
+def _left_alone(kept: Sequence[Kept]) -> str:
+    """Return what a message about the target adds, where there are channels that another method could take."""
+    if not kept:
+        return ""
+    others = f", and {len(kept) - 1} more" if len(kept) > 1 else ""
+    return f" obs leaves alone what other methods may cut: {kept[0].what}, {kept[0].why}{others}."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,17 @@ def test_hidden_units_go_and_the_normalised_stream_stays(digits: DataSource) -> 
     assert "nothing can make up for it" in why["embed.weight[0] (16 channels)"]
 
 
+def test_a_target_out_of_reach_names_what_is_left_alone(digits: DataSource) -> None:
+    torch.manual_seed(0)
+    program = gp.capture(_Mlp().eval(), torch.randn(1, 1, 8, 8))
+    expected = (
+        r"cannot be reached.* obs leaves alone what other methods may cut: embed.weight\[0\] "
+        r"\(16 channels\), read by norm, not a layer"
+    )
+    with pytest.raises(TargetError, match=expected):
+        _run(program, 'obs{target="macs=0.1" num_samples=64}', digits)
+
+
 class _Separable(nn.Module):
     """A depthwise convolution with a multiplier between two pointwise ones."""
 
