@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import AnalysisError, GraphpruneError
@@ -206,9 +206,7 @@ def _run_graph(
         except GraphpruneError:
             raise
         except Exception as error:
-            raise AnalysisError(
-                f"node {node.name} ({node.op} {node.target}) failed on labels: {error}\n{_window(node)}"
-            ) from error
+            result = _on_shapes(module, modules, node, (args, kwargs), trace, error)
         if node.op == "output":
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor):
@@ -216,6 +214,35 @@ def _run_graph(
         env[node] = result
         trace._alive.append(result)
         values[node.name] = info_of(trace, result)
+
+
+def _on_shapes(
+    module: fx.GraphModule,
+    modules: Mapping[str, torch.nn.Module],
+    node: fx.Node,
+    given: Any,
+    trace: Trace,
+    error: Exception,
+) -> Any:
+    """Run a node that failed on labels on shapes alone, and pin everything that reaches it.
+
+    Some functions look at their tensors before any operator is called, and refuse weights beside shapes.
+    """
+    name = str(getattr(node.target, "__name__", node.target))
+    try:
+        with _disable_current_modes():
+            args, kwargs = trace.shapes(given)
+            result = _run_node(module, modules, node, args, kwargs, iter(()))
+    except Exception:
+        raise AnalysisError(
+            f"node {node.name} ({node.op} {node.target}) failed on labels: {error}\n{_window(node)}"
+        ) from error
+    labelled = [t for t in tree_leaves(given) if isinstance(t, Tensor) and trace.fields(t)]
+    for tensor in labelled:
+        trace.freeze(tensor, NO_RULE.format(name))
+    if labelled:
+        trace.unknown.setdefault(name, []).append(node.name)
+    return result
 
 
 def _run_node(

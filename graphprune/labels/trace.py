@@ -366,7 +366,7 @@ class Trace:
     def run(self, call: Call) -> Any:
         """Run the operator itself: on values where all are known, else on shapes."""
         if any(self.is_meta(t) for t in call.tensors()):
-            args, kwargs = tree_map(self._to_meta, (call.args, call.kwargs))
+            args, kwargs = self.shapes((call.args, call.kwargs))
             if "device" in kwargs:
                 kwargs["device"] = torch.device("meta")
             return call.func(*args, **kwargs)
@@ -376,6 +376,10 @@ class Trace:
             if tensor.dim():
                 self.freeze(tensor, "its values are computed with")
         return call.func(*call.args, **call.kwargs)
+
+    def shapes(self, values: Any) -> Any:
+        """Return nested `values` with a tensor that has a shape only in place of every tensor."""
+        return tree_map(self._to_meta, values)
 
     def _to_meta(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.is_meta:

@@ -97,6 +97,8 @@ def flatten_program(
         class_name: The name of the GraphModule's class.
         prefix: What to take off the front of parameter names, for a model that was wrapped to be exported.
     """
+    if any(_is_vmap(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # as if each operator took the batch itself
     source = program.module(check_guards=False)
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
@@ -132,6 +134,10 @@ def flatten_program(
 
 def _attribute(root: nn.Module, target: str) -> Any:
     return operator.attrgetter(target)(root)
+
+
+def _is_vmap(node: fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
 def _is_check(node: fx.Node) -> bool:

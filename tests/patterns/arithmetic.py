@@ -297,3 +297,23 @@ def masked_by_comparison() -> Net:
         return m.z(torch.where(y > 0, y, torch.full_like(y, 0.1)) + (y > 0.2).float())
 
     return Net(run, a=conv(3, 6), b=conv(6, 8), z=conv(8, 4))
+
+
+@pattern("a")
+def product_of_many_matrices() -> Net:
+    """The function looks at its tensors before any operator is called, so the fx dialect pins what reaches it."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.b(m.a(x)).flatten(0, 1)
+        return m.z(torch.linalg.multi_dot([y, m.v, m.w]))
+
+    return Net(run, shape=(9, 5), a=lin(5, 6), b=lin(6, 8), v=rand(8, 7), w=rand(7, 6), z=lin(6, 4))
+
+
+@pattern("a b")
+def mapped_over_samples() -> Net:
+    def run(m: Any, x: Tensor) -> Any:
+        y = torch.func.vmap(lambda t: torch.tanh(t) * t.mean(0))(m.a(x))
+        return m.z(m.b(y))
+
+    return Net(run, shape=(9, 5), a=lin(5, 6), b=lin(6, 8), z=lin(8, 4))
