@@ -87,7 +87,15 @@ class Row:
 
 def methods() -> tuple[str, ...]:
     """Return the names of all rows."""
-    ours = ("obs", "magnitude", "taylor", "bn-scale", "activation", "random")
+    ours = (
+        "obs",
+        "magnitude",
+        "magnitude{relative=true}",
+        "taylor",
+        "bn-scale",
+        "activation",
+        "random",
+    )
     return (*ours, *PEERS, *(name + UNIFORM for name in PEERS))
 
 
