@@ -32,7 +32,7 @@ class Magnitude(Pass):
     norm: Literal[1, 2] = 2
     """1: sum of absolute values; 2: sum of squares, which adds up over channels and places."""
     relative: bool = False
-    """Count each weight as a share of its layer's: for chains without shortcuts, depthwise convolutions above all."""
+    """Count each weight as a share of its layer's: better for networks without shortcuts."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Return the norm of every coupled channel."""
