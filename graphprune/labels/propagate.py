@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import AnalysisError, GraphpruneError
 from graphprune.labels.field import Field
+from graphprune.labels.strides import scattered_nodes
 from graphprune.labels.trace import NO_RULE, Call, Labels, ModuleCall, Source, TensorInfo, Trace
 from graphprune.program import Program
 
@@ -175,8 +176,9 @@ def _propagate(program: Program, batch: int) -> Labels:
 
         calls = run_whole(program, trace, values)
     else:
+        scattered = scattered_nodes(program)
         with torch.inference_mode(), without_view_tracking(), _LabelMode(trace):
-            _run_graph(program.module, inputs, trace, values)
+            _run_graph(program.module, inputs, trace, values, scattered)
     return Labels(
         table=trace.table,
         sources=trace.sources(),
@@ -190,8 +192,15 @@ def _propagate(program: Program, batch: int) -> Labels:
     )
 
 
+_SCATTERED = "read by strides through a part or a transposition of it"
+
+
 def _run_graph(
-    module: fx.GraphModule, inputs: list[Tensor], trace: Trace, values: dict[str, Any]
+    module: fx.GraphModule,
+    inputs: list[Tensor],
+    trace: Trace,
+    values: dict[str, Any],
+    scattered: frozenset[str],
 ) -> None:
     env: dict[fx.Node, Any] = {}
     feed = iter(inputs)
@@ -207,10 +216,11 @@ def _run_graph(
             raise
         except Exception as error:
             result = _on_shapes(module, modules, node, (args, kwargs), trace, error)
-        if node.op == "output":
+        if node.op == "output" or node.name in scattered:
+            why = "graph output" if node.op == "output" else _SCATTERED
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor):
-                    trace.freeze(tensor, "graph output")
+                    trace.freeze(tensor, why)
         env[node] = result
         trace._alive.append(result)
         values[node.name] = info_of(trace, result)

@@ -117,6 +117,27 @@ def rows_across_channels_by_strides() -> Net:
     return Net(run, a=conv(3, 6), z=conv(5, 4))
 
 
+@pattern("", kept="a", why="a part or a transposition")
+def a_transposed_tensor_by_strides() -> Net:
+    """The strides undo the transposition, and say nothing of its dimensions."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x).transpose(1, 2)
+        return m.z(y.as_strided((x.shape[0], 8, 6), (48, 1, 8)))
+
+    return Net(run, shape=(8, 5), a=lin(5, 6), z=lin(6, 4))
+
+
+@pattern("", kept="a", why="a part or a transposition")
+def a_part_of_a_tensor_by_strides() -> Net:
+    """What is left out of the part counts, too: the strides go through its memory."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        return m.z(m.a(x)[:, :, 2:].as_strided((x.shape[0], 8, 4), (48, 6, 1)))
+
+    return Net(run, shape=(8, 5), a=lin(5, 6), z=lin(4, 4))
+
+
 @pattern("a")
 def involution() -> Net:
     """A kernel for every position, shared within groups of channels."""

@@ -278,7 +278,10 @@ def repeat(trace: Trace, call: Call) -> Any:
 
 @rule("as_strided")
 def as_strided(trace: Trace, call: Call) -> Any:
-    """Read a contiguous tensor with other sizes and strides: windows that overlap, steps, diagonals."""
+    """Read a contiguous tensor with other sizes and strides: windows that overlap, steps, diagonals.
+
+    What is no whole contiguous tensor is pinned where it is made (`graphprune.labels.strides`).
+    """
     x = call.args[0]
     if not trace.is_meta(x):
         return trace.run(call)
