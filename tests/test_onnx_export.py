@@ -128,6 +128,12 @@ def test_where_the_exporters_optimizer_breaks_the_graph_it_is_left_out(
     assert parity(program, open_session(written.path, "cpu")).passed
 
 
+def _assert_parity(program: Program, path: Path) -> None:
+    export_onnx(program, path)
+    check = parity(program, open_session(path, device="cpu"))
+    assert check.passed, check.detail
+
+
 class _Windows(nn.Module):
     """Attention in windows: five dimensions, with each kind of mask."""
 
@@ -258,9 +264,7 @@ class _Attention(nn.Module):
 
 def test_attention_whose_kernel_and_decomposition_differ_in_strides(tmp_path: Path) -> None:
     program = _program(_Attention(), (2, 7, 10))
-    export_onnx(program, tmp_path / "model.onnx")
-    check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
-    assert check.passed, check.detail
+    _assert_parity(program, tmp_path / "model.onnx")
 
 
 class _Rotary(nn.Module):
@@ -290,9 +294,7 @@ class _Rotary(nn.Module):
 
 def test_movements_of_complex_numbers_beside_attention(tmp_path: Path) -> None:
     program = _program(_Rotary(), (2, 7, 10))
-    export_onnx(program, tmp_path / "model.onnx")
-    check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
-    assert check.passed, check.detail
+    _assert_parity(program, tmp_path / "model.onnx")
 
 
 class _Bordered(nn.Module):
@@ -305,6 +307,4 @@ class _Bordered(nn.Module):
 
 def test_a_border_of_zeros_is_not_taken_for_one_of_a_maximum(tmp_path: Path) -> None:
     program = _program(_Bordered(), (2, 3, 8, 8))
-    export_onnx(program, tmp_path / "model.onnx")
-    check = parity(program, open_session(tmp_path / "model.onnx", device="cpu"))
-    assert check.passed, check.detail
+    _assert_parity(program, tmp_path / "model.onnx")

@@ -6,7 +6,7 @@
 
 The iterative form does both in several stages, the iterations shared out among them; for LeNet-300-100
 also with many more of them. What is kept is counted, weights without biases. Shares per layer, damping and learning
-rates were chosen on the held-out images, but for those of CIFAR-Net, which have not been chosen yet.
+rates were chosen on the held-out images, but for the learning rate of CIFAR-Net, which has not been chosen yet.
 
 Source: Dong, Chen and Pan 2017, "Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon", table 1.
 """
@@ -60,7 +60,7 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 """A batch of images, and what is random about it -> the images that are trained on."""
 
 SAMPLES = 1000
-"""Unlabelled training images that second-order methods look at, unless a run says otherwise."""
+"""Unlabelled training images that second-order methods look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,6 @@ class Run:
     damping: float = 0.01
     inputs: Literal["dense", "pruned"] = "dense"
     batch: int = 256
-    samples: int = SAMPLES
-    """Unlabelled training images that second-order methods look at."""
     weight_decay: float | None = None
     """In retraining; None: half of what the dense network was trained with."""
     augment: Augmentation | None = None
@@ -326,7 +324,7 @@ def prune(
     """Return a clone that keeps the given share of each layer's weights."""
     tensors = dict(program.module.named_parameters())
     counts = {f"{n}.weight": round(s * tensors[f"{n}.weight"].numel()) for n, s in shares.items()}
-    samples = images.train[0][: run.samples]
+    samples = images.train[0][:SAMPLES]
     if run.method in get_args(Update):
         update: Any = run.method
         amounts = {name: Amount(keep=count) for name, count in counts.items()}
@@ -342,7 +340,7 @@ def prune(
         )
         return pruned
     clone = program.clone()
-    curvature = _fisher(program, images, run.samples) if run.method == "obd" else {}
+    curvature = _fisher(program, images) if run.method == "obd" else {}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, count in counts.items():
@@ -359,13 +357,13 @@ def prune(
     return clone
 
 
-def _fisher(program: Program, images: Images, samples: int) -> dict[str, Tensor]:
+def _fisher(program: Program, images: Images) -> dict[str, Tensor]:
     """Return the mean square of each weight's gradient over single samples: the diagonal that OBD looks at.
 
     Source: LeCun, Denker and Solla 1990, "Optimal Brain Damage", with the empirical Fisher information for the Hessian.
     """
     module = program.module
-    x, y = (t[:samples] for t in images.train)
+    x, y = (t[:SAMPLES] for t in images.train)
     sums = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
     for one, label in zip(x.split(1), y.split(1), strict=True):
         loss = F.cross_entropy(module(one), label)

@@ -249,7 +249,7 @@ def _on_shapes(
         ) from error
     labelled = [t for t in tree_leaves(given) if isinstance(t, Tensor) and trace.fields(t)]
     for tensor in labelled:
-        trace.freeze(tensor, NO_RULE.format(name))
+        trace.freeze(tensor, f"{name} fails on labels ({type(error).__name__})")
     if labelled:
         trace.unknown.setdefault(name, []).append(node.name)
     return result
