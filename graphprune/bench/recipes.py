@@ -21,6 +21,7 @@ import torch
 
 from graphprune.data import DataSource, evaluate
 from graphprune.defaults import default_pipeline
+from graphprune.devices import pick_device
 from graphprune.errors import UsageError
 from graphprune.groups import analyze
 from graphprune.pipeline import Pass, Pipeline
@@ -142,6 +143,7 @@ def run_row(
     Raises:
         UsageError: There is no such method.
     """
+    device = pick_device(device)
     first, second, epochs = pipelines(method, budget)
     fresh = checkpoints is None or not any(checkpoints.iterdir())
     started = time.perf_counter()

@@ -52,6 +52,14 @@ class Setting:
     is_compiled: bool = True
     """Whether compiled steps are timed as well."""
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a program is called."""
+        return torch.autocast(
+            torch.device(self.device).type,
+            self.precision or torch.bfloat16,
+            enabled=self.precision is not None,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
@@ -159,11 +167,7 @@ def _step(
         hook.before_epoch(moment)
 
     def step() -> None:
-        with torch.autocast(
-            torch.device(device).type,
-            setting.precision or torch.bfloat16,
-            enabled=setting.precision is not None,
-        ):
+        with setting.autocast():
             logits = flat_outputs(form(*inputs))[0]
         loss = F.cross_entropy(logits.float(), labels)
         if hook is not None:
@@ -189,7 +193,8 @@ def _look(program: Program, setting: Setting, *, steps: int = 0) -> Callable[[],
     inputs = _inputs(program, setting)
 
     def look() -> None:
-        teacher.look(inputs)
+        with setting.autocast():
+            teacher.look(inputs)
 
     return look
 

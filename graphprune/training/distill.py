@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from graphprune.errors import UsageError
@@ -70,12 +71,15 @@ class Teacher:
             )
         self.task = task
         self.temperature = temperature
-        module = program.clone().module.requires_grad_(False)
-        module.to(device).to(memory_format=memory_format)
+        graph = program.clone().module.requires_grad_(False)
+        graph.to(device).to(memory_format=memory_format)
         self.stages = stages or {}
-        self.taps = insert_taps(module, self.stages)
+        self.taps = insert_taps(graph, self.stages)
+        module: nn.Module = graph
         if self.stages:  # taps keep what passes by; a compiled module passes less by
             steps = 0
+        elif not graph.training:
+            module = fuse(graph, inplace=True, no_trace=True)  # norms into convolutions
         self.module = compiled(module, device=device, steps=steps, is_frozen=True)
 
     def look(self, inputs: tuple[Tensor, ...]) -> Any:

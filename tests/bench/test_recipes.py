@@ -46,7 +46,7 @@ def test_rows_reach_the_target_and_learn(dense: Program, digits: DataSource, met
 
 
 def test_scratch_knows_nothing_of_the_weights(dense: Program, digits: DataSource) -> None:
-    row = run_row(dense, digits, "scratch", BUDGET, device="cpu")
+    row = run_row(dense, digits, "scratch", BUDGET)
     assert row.cut_accuracy < 0.35
 
 

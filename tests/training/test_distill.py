@@ -38,3 +38,9 @@ def test_a_compiled_teacher_says_the_same() -> None:
     images = torch.randn(6, 3, 8, 8).to(memory_format=torch.channels_last)
     torch.testing.assert_close(fast.look((images,)), plain.look((images,)))
     assert fast.module.run is not fast.module.module
+
+
+def test_norms_are_folded_into_convolutions() -> None:
+    kinds = {type(child) for child in teacher(steps=0).module.modules()}
+    assert nn.Conv2d in kinds
+    assert nn.BatchNorm2d not in kinds
