@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graphprune.flow import first_users
 from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import Labels
 from graphprune.program import Program
@@ -156,7 +157,7 @@ class CostModel:
             num_channels=num_channels,
             nodes=tuple(t.node for t in labels.terms),
             param_names=tuple(parameters),
-            param_nodes=_first_users(program, parameters),
+            param_nodes=first_users(program, parameters),
             _macs=Products.of([(t.constant, t.factors) for t in labels.terms], channel_of),
             _params=Products.of(terms, channel_of),
         )
@@ -223,17 +224,3 @@ def element_term(name: str, tensor: Tensor, labels: Labels) -> tuple[float, list
     axes = dict(source.atoms) if source else {}
     constant = math.prod(n for d, n in enumerate(tensor.shape) if d not in axes)
     return float(constant), list(axes.values())
-
-
-def _first_users(program: Program, parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    users: dict[str, str] = {}
-    by_module: dict[str, list[str]] = {}
-    for name in parameters:
-        by_module.setdefault(name.rpartition(".")[0], []).append(name)
-    for node in program.module.graph.nodes:
-        if node.op == "call_module":
-            for name in by_module.get(str(node.target), ()):
-                users.setdefault(name, node.name)
-        elif node.op == "get_attr" and str(node.target) in parameters and node.users:
-            users.setdefault(str(node.target), next(iter(node.users)).name)
-    return users

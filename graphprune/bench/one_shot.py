@@ -90,7 +90,7 @@ def methods() -> tuple[str, ...]:
     ours = (
         "obs",
         "magnitude",
-        "magnitude{relative=true}",
+        "magnitude{relative=false}",
         "taylor",
         "bn-scale",
         "activation",

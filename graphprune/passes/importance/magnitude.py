@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from graphprune.flow import first_users, unavoidable_nodes
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
@@ -21,8 +23,12 @@ __all__ = ["Magnitude"]
 class Magnitude(Pass):
     """Score a channel by the norm of all weights that belong to it: rows that make it, and columns that read it.
 
+    Layers that a shortcut or a branch goes around are compared as they are: what training has made small there matters
+    little. A layer that everything goes through matters whatever its size; of those, the columns count, as shares of
+    their layer (`relative`).
+
     Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets" (L1 of filters); summed over coupled places as in
-    Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
+    Fang et al. 2023, "DepGraph: Towards Any Structural Pruning"; shares are our own (docs/experiments.md, 7).
     """
 
     name: ClassVar[str] = "magnitude"
@@ -31,19 +37,66 @@ class Magnitude(Pass):
 
     norm: Literal[1, 2] = 2
     """1: sum of absolute values; 2: sum of squares, which adds up over channels and places."""
-    relative: bool = False
-    """Count each weight as a share of its layer's: better for networks without shortcuts."""
+    relative: bool = True
+    """Count shares in layers that everything goes through; false: sums everywhere."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Return the norm of every coupled channel."""
         groups = context.need(DependencyGroups)
+        norms: dict[Place, NDArray[np.float64]] = {}
 
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
             # Vectors (biases, norms) have their own scale; the matrices that make and read a channel say more.
-            if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
-                return None
-            norms = norms_along(tensor, place.dim, order=self.norm)
-            return norms / max(norms.sum(), np.finfo(np.float64).tiny) if self.relative else norms
+            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+                norms[place] = norms_along(tensor, place.dim, order=self.norm)
+            return norms.get(place)
 
         values = sum_over_places(program, groups, measure)
+        if self.relative:
+            shares = _in_shares(program, groups, norms)
+            values = sum_over_places(program, groups, lambda place, _: shares.get(place))
         return Scores(values=values, method=self.spec())
+
+
+def _in_shares(
+    program: Program, groups: DependencyGroups, norms: Mapping[Place, NDArray[np.float64]]
+) -> dict[Place, NDArray[np.float64]]:
+    """Return shares of their layer, where everything goes through it, and what a mean layer is 1 in elsewhere.
+
+    A norm behind a layer makes the scale of its rows mean nothing, so rows count for channels alone that no column of
+    such a layer reads.
+    """
+    users = first_users(program, {place.name for place in norms})
+    through = unavoidable_nodes(program, groups.labels)
+    beside = {p.name: n.sum() for p, n in norms.items() if users.get(p.name) not in through}
+    unit = float(np.mean(list(beside.values()))) if beside else 1.0
+    reading = _reading(groups)
+    is_read = np.zeros(groups.num_channels, dtype=bool)
+    found: dict[Place, NDArray[np.float64]] = {}
+    rows: list[Place] = []
+    for place, values in norms.items():
+        channels = groups.channels_of(place)
+        if place.name in beside:
+            found[place] = values / max(unit, _TINY)
+        elif np.isin(channels, reading.get(users[place.name], ())).all():
+            found[place] = values / max(values.sum(), _TINY)
+        else:
+            rows.append(place)
+            continue
+        is_read[channels] = True
+    for place in rows:
+        share = norms[place] / max(norms[place].sum(), _TINY)
+        found[place] = np.where(is_read[groups.channels_of(place)], 0.0, share)
+    return found
+
+
+def _reading(groups: DependencyGroups) -> dict[str, NDArray[np.int64]]:
+    """Return the coupled channels that each node sums over."""
+    found: dict[str, list[NDArray[np.int64]]] = {}
+    for consumer in groups.labels.consumers:
+        channels = groups.channel_of[consumer.field.atoms].ravel()
+        found.setdefault(consumer.node, []).append(channels)
+    return {node: np.unique(np.concatenate(parts)) for node, parts in found.items()}
+
+
+_TINY = np.finfo(np.float64).tiny

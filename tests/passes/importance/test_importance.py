@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,12 @@ from graphprune import registry
 from graphprune.data import DataSource, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, UsageError
+from graphprune.flow import unavoidable_nodes
 from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, sum_over_places
-from tests.models import tiny_transformer
+from tests.models import tiny_inception, tiny_mobile, tiny_residual, tiny_transformer
 from tests.strategies import randomize
 
 
@@ -104,7 +107,8 @@ def test_scores_are_finite_repeat_and_change_nothing(
 def test_magnitude_sums_rows_and_columns(
     norm: int, program: Program, groups: DependencyGroups
 ) -> None:
-    scores = score("magnitude" if norm == 2 else "magnitude{norm=1}", program)
+    option = "" if norm == 2 else "norm=1 "
+    scores = score(f"magnitude{{{option}relative=false}}", program)
     power = torch.abs if norm == 1 else torch.square
     parameters = dict(program.module.named_parameters())
     rows = power(parameters["conv1.weight"]).sum((1, 2, 3))
@@ -113,23 +117,89 @@ def test_magnitude_sums_rows_and_columns(
     assert np.allclose(at(scores, groups, "conv1.weight"), expected, rtol=1e-5)
 
 
-def test_relative_magnitude_is_a_share_of_every_layer(
+def energy(program: Program, name: str, dim: int) -> np.ndarray:
+    weight = program.module.get_parameter(name).detach().double().square()
+    return np.asarray(weight.sum([d for d in range(weight.dim()) if d != dim]))
+
+
+def test_magnitude_of_a_chain_is_the_share_of_what_reads(
     program: Program, groups: DependencyGroups
 ) -> None:
-    scores = at(score("magnitude{relative=true}", program), groups, "conv1.weight")
-    parameters = dict(program.module.named_parameters())
-    rows = parameters["conv1.weight"].detach().square().sum((1, 2, 3))
-    columns = parameters["conv2.weight"].detach().square().sum((0, 2, 3))
-    expected = (rows / rows.sum() + columns / columns.sum()).numpy()
-    assert np.allclose(scores, expected, rtol=1e-5)
-    assert abs(scores.sum() - 2.0) < 1e-5
+    scores = at(score("magnitude", program), groups, "conv1.weight")
+    columns = energy(program, "conv2.weight", 1)
+    assert np.allclose(scores, columns / columns.sum(), rtol=1e-5)
     # A layer that is scaled, as one before a batch norm may be, says the same.
     with torch.no_grad():
         scaled = program.clone()
-        scaled.module.get_parameter("conv1.weight").mul_(100.0)
+        for name in ("conv1.weight", "conv2.weight"):
+            scaled.module.get_parameter(name).mul_(100.0)
+    assert np.allclose(at(score("magnitude", scaled), groups, "conv1.weight"), scores, rtol=1e-5)
+
+
+class Beside(nn.Module):
+    """A layer that everything goes through, one behind a shortcut, and one that takes what it reads by a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 8)
+        self.key, self.value = nn.Linear(8, 4), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x)).view(x.shape[0], -1)
+        x = x + self.outer(torch.relu(self.inner(x)))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def test_magnitude_compares_layers_beside_a_shortcut_as_they_are() -> None:
+    program = gp.capture(Beside().eval(), torch.randn(2, 6))
+    groups = analyze(program)
+    assert unavoidable_nodes(program, groups.labels) >= {"stem", "add", "head"}
+    assert not unavoidable_nodes(program, groups.labels) & {"inner", "outer", "getattr_1"}
+    scores = score("magnitude", program)
+    mean = (energy(program, "inner.weight", 0).sum() + energy(program, "outer.weight", 0).sum()) / 2
+    inner = (energy(program, "inner.weight", 0) + energy(program, "outer.weight", 1)) / mean
+    assert np.allclose(at(scores, groups, "inner.weight"), inner, rtol=1e-5)
+    head = energy(program, "head.weight", 1)
+    stem = (energy(program, "inner.weight", 1) + energy(program, "outer.weight", 0)) / mean
     assert np.allclose(
-        at(score("magnitude{relative=true}", scaled), groups, "conv1.weight"), expected, rtol=1e-5
-    )
+        at(scores, groups, "stem.weight"), stem + head / head.sum(), rtol=1e-5
+    )  # not the stem's own rows: the other layers read its channels
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), -1)
+        logits: Tensor = self.head(weights @ self.value(x))
+        return logits
+
+
+def test_magnitude_takes_rows_where_no_layer_reads() -> None:
+    program = gp.capture(Attention().eval(), torch.randn(2, 7, 6))
+    groups = analyze(program)
+    scores = at(score("magnitude", program), groups, "query.weight")
+    assert (scores > 0).all()
+
+
+@pytest.mark.parametrize("make", [tiny_residual, tiny_inception, tiny_mobile, tiny_transformer])
+def test_magnitude_is_the_same_in_both_dialects(make: Callable[[], nn.Module]) -> None:
+    model, images = make().eval(), torch.randn(2, 3, 16, 16)
+    traced, exported = gp.capture(model, images), torch.export.export(model, (images,))
+    assert traced.dialect == "fx"
+    rows, others = {}, {}
+    for found, program in ((rows, traced), (others, gp.capture(exported, images))):
+        groups, scores = analyze(program), score("magnitude", program)
+        found |= {str(p): scores.values[groups.channels_of(p)] for p in groups.places}
+    shared = rows.keys() & others.keys()
+    assert len(shared) > 5
+    for place in shared:
+        assert np.allclose(rows[place], others[place], rtol=1e-6), place
 
 
 def test_batch_norm_scale_is_the_scale(program: Program, groups: DependencyGroups) -> None:
@@ -291,7 +361,7 @@ def test_fisher_squares_before_it_averages(
 
 
 def test_lamp_compares_with_what_is_left(program: Program, groups: DependencyGroups) -> None:
-    squares = at(score("magnitude", program), groups, "conv1.weight")
+    squares = at(score("magnitude{relative=false}", program), groups, "conv1.weight")
     values = at(score("lamp", program), groups, "conv1.weight")
     expected = [s / squares[squares >= s].sum() for s in squares]
     assert np.allclose(values, expected, rtol=1e-6)
