@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
@@ -78,7 +78,7 @@ class Teacher:
         module: nn.Module = graph
         if self.stages:  # taps keep what passes by; a compiled module passes less by
             steps = 0
-        elif not graph.training:
+        elif not graph.training and _calls_modules_once(graph):
             module = fuse(graph, inplace=True, no_trace=True)  # norms into convolutions
         self.module = compiled(module, device=device, steps=steps, is_frozen=True)
 
@@ -96,3 +96,9 @@ class Teacher:
         if self.task.distill is not None:
             return self.task.distill(outputs, dense)
         return logit_distance(outputs, dense, temperature=self.temperature)
+
+
+def _calls_modules_once(graph: fx.GraphModule) -> bool:
+    """Return whether no module is called twice: a convolution that is takes the norm behind one call alone."""
+    called = [node.target for node in graph.graph.find_nodes(op="call_module")]
+    return len(called) == len(set(called))

@@ -12,6 +12,7 @@ import graphprune as gp
 from graphprune.training.compiled import MANY_STEPS, Compiled
 from graphprune.training.distill import Teacher
 from graphprune.training.task import classification
+from tests.strategies import randomize
 
 
 def teacher(*, steps: int) -> Teacher:
@@ -44,3 +45,33 @@ def test_norms_are_folded_into_convolutions() -> None:
     kinds = {type(child) for child in teacher(steps=0).module.modules()}
     assert nn.Conv2d in kinds
     assert nn.BatchNorm2d not in kinds
+
+
+class Shared(nn.Module):
+    """One convolution with a norm of its own behind every call, as heads over several scales have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm in self.norms:
+            x = norm(self.conv(x))
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_a_convolution_that_is_called_twice_keeps_its_norms() -> None:
+    model = Shared()
+    randomize(model)
+    images = torch.randn(4, 3, 8, 8)
+    look = Teacher(
+        gp.capture(model.eval(), images[:1]),
+        classification(),
+        temperature=4.0,
+        device=torch.device("cpu"),
+        memory_format=torch.channels_last,
+    ).look((images,))
+    torch.testing.assert_close(look, model(images))

@@ -192,7 +192,8 @@ def test_magnitude_is_the_same_in_both_dialects(make: Callable[[], nn.Module]) -
     model, images = make().eval(), torch.randn(2, 3, 16, 16)
     traced, exported = gp.capture(model, images), torch.export.export(model, (images,))
     assert traced.dialect == "fx"
-    rows, others = {}, {}
+    rows: dict[str, np.ndarray] = {}
+    others: dict[str, np.ndarray] = {}
     for found, program in ((rows, traced), (others, gp.capture(exported, images))):
         groups, scores = analyze(program), score("magnitude", program)
         found |= {str(p): scores.values[groups.channels_of(p)] for p in groups.places}
