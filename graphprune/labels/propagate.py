@@ -243,7 +243,9 @@ def _on_shapes(
         with _disable_current_modes():
             args, kwargs = trace.shapes(given)
             result = _run_node(module, modules, node, args, kwargs, iter(()))
-    except Exception:
+    except (
+        Exception
+    ):  # any function of a model may fail in any way; what it said first is what is told
         raise AnalysisError(
             f"node {node.name} ({node.op} {node.target}) failed on labels: {error}\n{_window(node)}"
         ) from error

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from graphprune.flow import first_users, unavoidable_nodes
 from graphprune.groups import DependencyGroups, Place
@@ -43,18 +43,15 @@ class Magnitude(Pass):
     def run(self, program: Program, context: Context) -> Scores:
         """Return the norm of every coupled channel."""
         groups = context.need(DependencyGroups)
-        norms: dict[Place, NDArray[np.float64]] = {}
-
-        def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
-            # Vectors (biases, norms) have their own scale; the matrices that make and read a channel say more.
-            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
-                norms[place] = norms_along(tensor, place.dim, order=self.norm)
-            return norms.get(place)
-
-        values = sum_over_places(program, groups, measure)
-        if self.relative:
-            shares = _in_shares(program, groups, norms)
-            values = sum_over_places(program, groups, lambda place, _: shares.get(place))
+        tensors = dict(program.named_tensors())
+        # Vectors (biases, norms) have their own scale; the matrices that make and read a channel say more.
+        norms = {
+            place: norms_along(tensor, place.dim, order=self.norm)
+            for place in groups.places
+            if isinstance(tensor := tensors.get(place.name), nn.Parameter) and tensor.dim() > 1
+        }
+        counted = _in_shares(program, groups, norms) if self.relative else norms
+        values = sum_over_places(program, groups, lambda place, _: counted.get(place))
         return Scores(values=values, method=self.spec())
 
 

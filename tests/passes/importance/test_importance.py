@@ -137,12 +137,11 @@ def test_magnitude_of_a_chain_is_the_share_of_what_reads(
 
 
 class Beside(nn.Module):
-    """A layer that everything goes through, one behind a shortcut, and one that takes what it reads by a size."""
+    """Layers that everything goes through, two behind a shortcut, and a size that goes around the stem."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 8)
-        self.key, self.value = nn.Linear(8, 4), nn.Linear(8, 8)
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
