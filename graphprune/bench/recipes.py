@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,14 @@ class Budget:
         """Epochs of the dense network with gates, distilled."""
         return max(1, round(self.gates * self.compute / (1 + TEACHER)))
 
-    def epochs(self, *, spent: float = 0.0, teacher: bool = True) -> int:
-        """Return the epochs of the cut network that the rest of the compute is enough for."""
-        return max(1, round((self.compute - spent) / (self.target + (TEACHER if teacher else 0.0))))
+    def epochs(self, *, spent: float = 0.0, looks: int = 1) -> int:
+        """Return the epochs of the cut network that the rest of the compute is enough for.
+
+        Args:
+            spent: Compute that is gone before.
+            looks: How often the dense network looks at each image.
+        """
+        return max(1, round((self.compute - spent) / (self.target + looks * TEACHER)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,22 +101,28 @@ def pipelines(method: str, budget: Budget) -> tuple[str, str, str]:
     if method not in (*registered_methods(), SCRATCH):
         known = ", ".join((*registered_methods(), SCRATCH))
         raise UsageError(f"expected one of {known}, found {method!r}")
-    spent, gated, choice, teacher = 0.0, 0, method, True
+    spent, gated, choice = 0.0, 0, method
     if method == GATES:
         gated = budget.gate_epochs
         spent = gated * (1 + TEACHER)
         choice = format_pass(GATES, {"epochs": gated})
     elif method == SCRATCH:
-        choice, teacher = "magnitude", False
-    epochs = budget.epochs(spent=spent, teacher=teacher)
+        choice = "magnitude"
     cut = default_pipeline(
         target=f"macs={budget.target:g}", method=choice, has_data=method != SCRATCH, export=False
     )
-    options: dict[str, Any] = {"epochs": epochs}
-    if method == SCRATCH:
-        options |= {"lr": 0.1, "distill": 0.0}
+    options: dict[str, Any] = {"lr": 0.1, "distill": 0.0} if method == SCRATCH else {}
     options |= _read(budget.options)
+    epochs = budget.epochs(spent=spent, looks=_looks(options))
+    options = {"epochs": epochs, **options}
     return cut, format_pass("fine-tune", options), f"{gated} + {epochs}"
+
+
+def _looks(options: Mapping[str, Any]) -> int:
+    """Return how often the dense network looks at an image in a fine-tuning with these options."""
+    if options.get("distill") == 0 and not options.get("features"):
+        return 0
+    return 2 if options.get("mirror") else 1
 
 
 def _read(options: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
     loss = (1 - weight) * task + weight * T^2 * KL(softmax(dense / T) || softmax(cut / T))
 
-What it does inside can count as well (`features`).
+What it does inside can count as well (`features`). The mean of what it says of an image and of its mirror image is a
+better teacher than either, as it is a better answer (test-time augmentation: Krizhevsky, Sutskever and Hinton 2012,
+"ImageNet Classification with Deep Convolutional Neural Networks", section 4.1); to learn from it is our own.
 
 Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
 """
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
-from graphprune.errors import UsageError
+from graphprune.errors import DataError, UsageError
 from graphprune.exported import flat_outputs
 from graphprune.program import Program
 from graphprune.training.compiled import compiled
@@ -43,6 +46,7 @@ class Teacher:
         task: Task,
         *,
         temperature: float,
+        mirror: bool = False,
         device: torch.device,
         memory_format: torch.memory_format,
         compares_outputs: bool = True,
@@ -55,6 +59,7 @@ class Teacher:
             program: The dense program.
             task: Says how outputs are compared, if not as logits.
             temperature: Of the logits.
+            mirror: Whether it looks at the mirror image of each image too.
             device: Where the student is.
             memory_format: As the student's.
             compares_outputs: Whether `distance` will be asked for, and not `feature_distance` alone.
@@ -62,15 +67,21 @@ class Teacher:
             steps: How many batches it will see in the whole run.
 
         Raises:
-            UsageError: The task has no way to compare two programs.
+            UsageError: The task has no way to compare two programs, or a mirror image may have another answer.
         """
         if compares_outputs and task.distill is None and not task.is_classification:
             raise UsageError(
                 "distillation compares logits, and the task is no classification; "
                 "give the Task a distill function, or distill=0"
             )
+        if mirror and not task.is_classification:
+            raise UsageError(
+                "mirror=true takes it that an image and its mirror image have the same outputs, and the task is "
+                "no classification; use mirror=false"
+            )
         self.task = task
         self.temperature = temperature
+        self.mirror = mirror
         graph = program.clone().module.requires_grad_(False)
         graph.to(device).to(memory_format=memory_format)
         self.stages = stages or {}
@@ -83,9 +94,16 @@ class Teacher:
         self.module = compiled(module, device=device, steps=steps, is_frozen=True)
 
     def look(self, inputs: tuple[Tensor, ...]) -> Any:
-        """Return what the dense program says of `inputs`; its taps hold what it thinks on the way."""
+        """Return what the dense program says of `inputs`; its taps hold what it thinks on the way.
+
+        Raises:
+            DataError: It is to look at mirror images, and an input is no batch of images.
+        """
         with torch.no_grad():
-            return self.module(*inputs)
+            if not self.mirror:
+                return self.module(*inputs)
+            mirrored = self.module(*map(_mirrored, inputs))  # first: taps keep what passes last
+            return pytree.tree_map(_mean, self.module(*inputs), mirrored)
 
     def feature_distance(self, taps: Mapping[str, Tap]) -> Tensor:
         """Return how far the maps that `taps` hold are from the dense program's, after `look`."""
@@ -96,6 +114,19 @@ class Teacher:
         if self.task.distill is not None:
             return self.task.distill(outputs, dense)
         return logit_distance(outputs, dense, temperature=self.temperature)
+
+
+def _mirrored(images: Tensor) -> Tensor:
+    if images.dim() != 4:
+        raise DataError(
+            f"mirror=true expected images, [batch, channels, height, width], found {list(images.shape)}; "
+            "use mirror=false"
+        )
+    return images.flip(-1)
+
+
+def _mean(one: Any, other: Any) -> Any:
+    return (one + other) / 2 if isinstance(one, Tensor) else one
 
 
 def _calls_modules_once(graph: fx.GraphModule) -> bool:

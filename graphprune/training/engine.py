@@ -232,6 +232,7 @@ class _Run:
             dense,
             self.task,
             temperature=self.recipe.temperature,
+            mirror=self.recipe.mirror,
             device=self.device,
             memory_format=self.placement.memory_format,
             compares_outputs=self.recipe.distill > 0,

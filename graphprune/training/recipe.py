@@ -39,6 +39,8 @@ class Recipe:
     """Share of the loss that compares with the teacher's outputs."""
     temperature: float = 4.0
     """Temperature at which logits are compared."""
+    mirror: bool = False
+    """The teacher looks at the mirror image of each image too; the mean of its logits counts."""
     features: float = 0.0
     """Weight of the distance from where the teacher attends to, stage by stage."""
     average: float = 0.0
@@ -80,6 +82,10 @@ class Recipe:
         if not self.temperature > 0 or (self.lr is not None and not self.lr > 0):
             raise UsageError(
                 f"expected lr and temperature to be positive, found lr={self.lr} temperature={self.temperature}"
+            )
+        if self.mirror and not self.distill:
+            raise UsageError(
+                "mirror=true is about what the teacher says, and distill=0 does not ask; give distill= a share"
             )
         for name, kind in (("augment", Augment), ("precision", Precision)):
             if getattr(self, name) not in get_args(kind):

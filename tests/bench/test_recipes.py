@@ -50,6 +50,15 @@ def test_scratch_knows_nothing_of_the_weights(dense: Program, digits: DataSource
     assert row.cut_accuracy < 0.35
 
 
+def test_every_look_of_the_dense_network_counts() -> None:
+    def epochs(options: str) -> str:
+        return pipelines("magnitude", Budget(compute=12.0, target=0.5, options=options))[2]
+
+    assert epochs("") == "0 + 14"
+    assert epochs("mirror=true") == "0 + 10"
+    assert epochs("distill=0") == "0 + 24"
+
+
 def test_an_unknown_method_is_refused(dense: Program, digits: DataSource) -> None:
     with pytest.raises(UsageError, match="expected one of .*scratch, found 'best'"):
         run_row(dense, digits, "best", BUDGET)

@@ -56,6 +56,8 @@ class FineTune(Pass):
     """Share of the loss that asks for the dense program's logits; none: 0.5 for a classification, else 0."""
     temperature: float = 4.0
     """Temperature at which logits are compared."""
+    mirror: bool = False
+    """The dense program looks at the mirror image of each image too; the mean of its logits counts."""
     features: float = 0.0
     """Weight of the distance from where the dense program attends to, stage by stage; 0: not compared."""
     average: float = 0.0
