@@ -9,7 +9,8 @@ that keeps its output closest, and the error that remains, are
 
 Source: Frantar, Singh and Alistarh 2022, "Optimal Brain Compression", equation 5, for a set of columns, as in ZipLM
 (Kurtic, Frantar and Alistarh 2023); our reconstruction where several layers read the same unit: each error is taken
-relative to the energy of the layer's output, and they add up.
+relative to the energy of the layer's output, and they add up. The groups of a convolution are layers of their own, each
+with its own H, that lose the same columns.
 """
 
 from __future__ import annotations
@@ -42,10 +43,17 @@ class Removal:
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
-    """Return `gram` with `damping` times its mean diagonal added, so that dead and duplicate inputs do no harm."""
-    diagonal = gram.diagonal()
-    amount = max(damping * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-30)
-    return gram + amount * torch.eye(len(gram), dtype=gram.dtype)
+    """Return each `gram` with `damping` times its mean diagonal added, so that dead and duplicate inputs do no harm."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    amount = torch.maximum(damping * diagonal.mean(1), 1e-12 * diagonal.amax(1)).clamp(min=1e-30)
+    return gram + amount[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype)
+
+
+def _by_group(weight: Tensor, groups: int, *, constant: Tensor | None) -> Tensor:
+    """Return ``[groups, outputs, columns]`` in doubles, with what stands before the constant as last column."""
+    if constant is not None:
+        weight = torch.cat([weight.double(), constant.double()[:, None]], 1)
+    return weight.double().reshape(groups, -1, weight.shape[1])
 
 
 class _State:
@@ -53,11 +61,11 @@ class _State:
 
     def __init__(self, reader: Reader, weight: Tensor, moments: Moments, damping: float) -> None:
         self.reader = reader
-        gram = moments.gram[0].double()
-        self.weight = weight.double().clone()
-        if moments.has_constant:  # the bias may move, too; what it was does not matter
-            self.weight = torch.cat([self.weight, self.weight.new_zeros(len(weight), 1)], 1)
+        gram = moments.gram.double()
         self.constant = moments.has_constant
+        # The bias may move, too; what it was does not matter.
+        zeros = weight.new_zeros(len(weight)) if self.constant else None
+        self.weight = _by_group(weight, len(gram), constant=zeros).clone()
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damping)))
         self.energy = max(float(((self.weight @ gram) * self.weight).sum()), 1e-30)
 
@@ -69,30 +77,31 @@ class _State:
             if not here.any():
                 continue
             columns = owned[here]
-            blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
-            rows = self.weight[:, columns].permute(1, 2, 0)  # [n, m, outputs]
+            blocks = self.inverse[:, columns[:, :, None], columns[:, None, :]]  # [groups, n, m, m]
+            rows = self.weight[:, :, columns].permute(0, 2, 3, 1)  # [groups, n, m, outputs]
             solved = torch.linalg.solve(blocks, rows)
-            result[members[here]] = (rows * solved).sum((1, 2))
+            result[members[here]] = (rows * solved).sum((0, 2, 3))
         return result / self.energy
 
     def remove(self, columns: Tensor) -> float:
         """Remove columns and return the relative error."""
         if not len(columns):
             return 0.0
-        block = self.inverse[columns][:, columns]
-        cross = torch.linalg.solve(block, self.inverse[columns])  # [k, f]
-        part = self.weight[:, columns]
-        error = float((torch.linalg.solve(block, part.T) * part.T).sum())
+        block = self.inverse[:, columns][:, :, columns]
+        cross = torch.linalg.solve(block, self.inverse[:, columns])  # [groups, k, f]
+        part = self.weight[:, :, columns]
+        error = float((torch.linalg.solve(block, part.mT) * part.mT).sum())
         self.weight -= part @ cross
-        self.weight[:, columns] = 0.0
-        self.inverse -= self.inverse[:, columns] @ cross
-        self.inverse[columns] = 0.0
+        self.weight[:, :, columns] = 0.0
+        self.inverse -= self.inverse[:, :, columns] @ cross
         self.inverse[:, columns] = 0.0
+        self.inverse[:, :, columns] = 0.0
         return error / self.energy
 
     def matrix(self) -> Tensor:
-        """Return the weight matrix without the constant's column."""
-        return (self.weight[:, :-1] if self.constant else self.weight).clone()
+        """Return the weight matrix of all groups without the constant's column."""
+        weight = self.weight.flatten(0, 1)
+        return (weight[:, :-1] if self.constant else weight).clone()
 
 
 def removal_order(
@@ -107,7 +116,7 @@ def removal_order(
 
     Args:
         group: The units and their readers.
-        weights: Node -> weight matrix, shape [outputs, columns].
+        weights: Node -> weight matrix, shape [outputs, columns]; the groups of a convolution one below the other.
         moments: Node -> second moments of the layer's input.
         damping: Added to the diagonal of each Gram matrix, as a fraction of its mean.
         keep_weights: After how many removals to keep the updated weights.
@@ -150,25 +159,25 @@ def refit(
         dense: The dense weight matrix W, shape [outputs, columns].
         bias: The dense bias, shape [outputs].
         moments: With `cross`, the dense inputs against those of now.
-        alive: Which columns are left, shape [columns].
+        alive: Which columns are left, shape [columns]; in every group of a convolution the same.
         damping: Pull towards the dense weights, as a fraction of the mean of the Gram matrix's diagonal.
 
     Returns:
         Weight matrix, zero in the columns that are gone, and bias.
     """
     assert moments.cross is not None
-    gram, cross = moments.gram[0].double(), moments.cross[0].double()
-    weight = dense.double()
-    live = alive
+    gram, cross = moments.gram.double(), moments.cross.double()
+    constant, live = None, alive
     if moments.has_constant:
-        column = torch.zeros_like(weight[:, 0]) if bias is None else bias.double()
-        weight = torch.cat([weight, column[:, None]], 1)
+        constant = torch.zeros_like(dense[:, 0]) if bias is None else bias
         live = torch.cat([alive, torch.ones(1, dtype=torch.bool)])
-    amount = damping * float(gram.diagonal().mean()) + 1e-12
-    left = gram[live][:, live] + amount * torch.eye(int(live.sum()), dtype=gram.dtype)
-    right = (weight @ cross)[:, live] + amount * weight[:, live]
-    result = torch.zeros_like(weight)
-    result[:, live] = torch.linalg.solve(left, right.T).T
+    weight = _by_group(dense, len(gram), constant=constant)
+    amount = damping * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-12
+    left = gram[:, live][:, :, live] + amount * torch.eye(int(live.sum()), dtype=gram.dtype)
+    right = (weight @ cross)[:, :, live] + amount * weight[:, :, live]
+    fitted = torch.zeros_like(weight)
+    fitted[:, :, live] = torch.linalg.solve(left, right.mT).mT
+    result = fitted.flatten(0, 1)
     if moments.has_constant:
         return result[:, :-1].to(dense.dtype), None if bias is None else result[:, -1].to(
             bias.dtype

@@ -56,12 +56,15 @@ def unit_groups(
 ) -> tuple[list[UnitGroup], list[Kept]]:
     """Return the units that second-order methods can remove, by dependency group, and what must stay and why."""
     convolving = layers(program)
-    known = {layer.node: layer for layer in convolving if layer.groups == 1}
-    reading = _reading(groups, known)
     tensors = dict(program.named_tensors())
-    for layer in convolving:
-        if layer.groups > 1 and tensors[layer.weight].shape[1] == 1:  # each channel by itself
-            reading.pop(layer.node, None)
+    # Depthwise: each channel by itself, so nothing is summed over.
+    depthwise = {
+        layer.node
+        for layer in convolving
+        if layer.groups > 1 and tensors[layer.weight].shape[1] == 1
+    }
+    known = {layer.node: layer for layer in convolving if layer.node not in depthwise}
+    reading = {n: c for n, c in _reading(groups, known).items() if n not in depthwise}
     found: list[UnitGroup] = []
     kept: list[Kept] = []
     for number in np.unique(units.group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -236,6 +237,74 @@ def test_units_that_a_normalisation_mixes_stay() -> None:
     found, kept = unit_groups(program, groups, find_units(groups, np.ones(groups.num_channels)))
     assert not found
     assert "norm" in kept[0].why
+
+
+class _Grouped(nn.Module):
+    """A convolution of four groups between two others; a channel goes from every group at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.grouped = nn.Conv2d(12, 8, 3, padding=1, groups=4)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.first(x))))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_a_group_of_a_convolution_is_a_layer_of_its_own() -> None:
+    program = _program(_Grouped())
+    groups = gp.analyze(program)
+    found, kept = unit_groups(program, groups, find_units(groups, np.ones(groups.num_channels)))
+    assert not kept
+    (group,) = (g for g in found if g.readers[0].layer.node == "grouped")
+    assert len(group) == 3
+    assert columns_of(group.readers[0], [1]).tolist() == list(range(9, 18))
+
+    batches = [torch.randn(6, 3, 8, 8)]
+    weight = program.module.get_parameter("grouped.weight").detach().flatten(1).double()
+    (moments,) = walk(program, program.clone(), batches, ["grouped"])
+    whole = removal_order(
+        group, {"grouped": weight}, {"grouped": moments}, damping=0.0, keep_weights=(1, 2)
+    )
+    for count in (1, 2):
+        alive = torch.ones(28, dtype=torch.bool)  # with the constant that the bias belongs to
+        alive[columns_of(group.readers[0], whole.order[:count])] = False
+        rows = torch.cat([weight, weight.new_zeros(8, 1)], 1).unflatten(0, (4, 2))
+        fitted = torch.zeros_like(rows)
+        for own, gram, result in zip(rows, moments.gram, fitted, strict=True):
+            result[:, alive] = torch.linalg.solve(gram[alive][:, alive], gram[alive] @ own.T).T
+        found_weight = whole.weights[count]["grouped"]
+        expected = fitted[:, :, :-1].flatten(0, 1)
+        torch.testing.assert_close(found_weight, expected, rtol=1e-6, atol=1e-7)
+        lost, all_of_it = (float(((w @ moments.gram) * w).sum()) for w in (rows - fitted, rows))
+        assert float(whole.errors[count]) == pytest.approx(lost / all_of_it, rel=1e-6)
+
+
+def test_the_refit_of_a_grouped_convolution_is_that_of_each_group() -> None:
+    program = _program(_Grouped())
+    pruned = program.clone()
+    with torch.no_grad():
+        pruned.module.get_parameter("first.weight")[::3] = 0.0
+    (moments,) = walk(pruned, program, [torch.randn(6, 3, 8, 8)], ["grouped"])
+    dense = program.module.get_parameter("grouped.weight").detach().flatten(1).double()
+    bias = program.module.get_parameter("grouped.bias").detach().double()
+    alive = torch.ones(27, dtype=torch.bool)
+    alive[:9] = False
+    weight, shift = refit(dense, bias, moments, alive)
+    assert shift is not None
+    assert moments.cross is not None
+    for i in range(4):
+        rows = slice(2 * i, 2 * i + 2)
+        one = dataclasses.replace(
+            moments, gram=moments.gram[i : i + 1], cross=moments.cross[i : i + 1]
+        )
+        expected, constant = refit(dense[rows], bias[rows], one, alive)
+        torch.testing.assert_close(weight[rows], expected)
+        torch.testing.assert_close(shift[rows], constant)
+        assert not weight[rows, :9].any()
 
 
 def test_the_walk_agrees_with_collect() -> None:

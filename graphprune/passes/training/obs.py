@@ -212,7 +212,7 @@ class _Surgeon:
         held: dict[str, int] = {}
         for group in self.found:
             new = {
-                r.layer.node: 8 * (self.dense[r.layer.node].shape[1] + 1) ** 2
+                r.layer.node: 8 * r.layer.groups * (self.dense[r.layer.node].shape[1] + 1) ** 2
                 for r in group.readers
             }
             if waves[-1] and sum((held | new).values()) > MEMORY:

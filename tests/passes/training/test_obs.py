@@ -166,6 +166,44 @@ def test_channels_go_through_depthwise_convolutions(digits: DataSource) -> None:
     assert result.measurements["obs_output_error"] < 0.5
 
 
+class _Cardinal(nn.Module):
+    """A bottleneck around a convolution of four groups, as in ResNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 32, 1)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.up = nn.Conv2d(32, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = torch.relu(self.grouped(torch.relu(self.down(x))))
+        logits: Tensor = self.head(torch.relu(x + self.up(y)).mean((2, 3)))
+        return logits
+
+
+def test_channels_go_before_and_behind_grouped_convolutions(digits: DataSource) -> None:
+    torch.manual_seed(0)
+    program = gp.capture(_Cardinal().eval(), torch.randn(1, 1, 8, 8))
+    result = _run(program, 'obs{target="ratio=0.5" num_samples=256 round_to=1}', digits)
+    assert result.checks["surgery"].passed
+    assert not [kept for kept in result.kept if "make up for" in kept.why]
+    outputs, inputs = result.program.module.get_parameter("grouped.weight").shape[:2]
+    assert (outputs, inputs) == (16, 4)
+    choice = 'magnitude,choose-channels{target="ratio=0.5" round_to=1}'
+    magnitude = _run(program, choice, digits).program
+
+    def error(cut: Program) -> float:
+        images = next(iter(digits.test(256)))[0]
+        with torch.no_grad():
+            dense = program.module(images)
+            return float((cut.module(images) - dense).square().sum() / dense.var(0).sum())
+
+    assert error(result.program) < error(magnitude) / 4
+
+
 def test_a_ratio_takes_the_same_part_of_every_group(program: Program, digits: DataSource) -> None:
     result = _run(program, 'obs{target="ratio=0.25" num_samples=128 probe_samples=0}', digits)
     for group in gp.analyze(result.program):
