@@ -166,6 +166,15 @@ class DependencyGroups(Facts):
         return self.channel_of[self.labels.sources[place.name].atoms[place.dim]]
 
     @cached_property
+    def summed_over(self) -> Mapping[str, Atoms]:
+        """For each node that sums or takes statistics over channels, these coupled channels, in order."""
+        found: dict[str, list[Atoms]] = {}
+        for consumer in self.labels.consumers:
+            channels = self.channel_of[consumer.field.atoms].ravel()
+            found.setdefault(consumer.node, []).append(channels)
+        return {node: np.unique(np.concatenate(parts)) for node, parts in found.items()}
+
+    @cached_property
     def places(self) -> tuple[Place, ...]:
         """Every labelled dimension of every parameter and buffer."""
         sources = self.labels.sources.values()

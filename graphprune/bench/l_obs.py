@@ -31,6 +31,7 @@ from graphprune.files import write_atomic
 from graphprune.program import Program
 from graphprune.second_order.layers import layers
 from graphprune.second_order.layerwise import Amount, Update, prune_layers
+from graphprune.training.processes import Precision, resolve_precision
 
 __all__ = [
     "RECIPES",
@@ -98,6 +99,8 @@ class Recipe:
     augment: Augmentation | None
     """How training images are varied."""
     runs: tuple[Run, ...]
+    precision: Precision = "float32"
+    """What training computes in; errors are measured in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,11 +225,16 @@ def train(
     weight_decay: float,
     augment: Augmentation | None,
     seed: int,
+    precision: Precision = "float32",
 ) -> None:
     """Train in place by SGD with momentum; what is zero at the start in a matrix stays zero.
 
     The learning rate falls from `lr` to zero as a cosine does.
     """
+    device = images.train[0].device
+    is_mixed = resolve_precision(precision, str(device)) == "bfloat16"
+    layout = torch.channels_last if is_mixed else torch.contiguous_format
+    module.to(memory_format=layout)
     masks = [(p, p.detach() != 0) for p in module.parameters() if p.dim() > 1]
     optimizer = torch.optim.SGD(
         module.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
@@ -239,13 +247,15 @@ def train(
         if augment is not None:
             x = augment(x, generator)
         optimizer.zero_grad()
-        loss = F.cross_entropy(module(x), y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+            loss = F.cross_entropy(module(x.contiguous(memory_format=layout)), y)
         loss.backward()
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             for parameter, mask in masks:
                 parameter.mul_(mask)
+    module.to(memory_format=torch.contiguous_format)
 
 
 def mirrored_and_moved(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -307,6 +317,7 @@ def dense_network(
         weight_decay=recipe.weight_decay,
         augment=recipe.augment,
         seed=seed,
+        precision=recipe.precision,
     )
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -399,6 +410,7 @@ def run(
             weight_decay=recipe.weight_decay / 2 if one.weight_decay is None else one.weight_decay,
             augment=one.augment or recipe.augment,
             seed=seed,
+            precision=recipe.precision,
         )
     tensors = dict(program.module.named_parameters())
     names = [layer.weight for layer in layers(program)]
@@ -556,6 +568,7 @@ RECIPES: dict[str, Recipe] = {
         lr=0.05,
         weight_decay=1e-4,
         augment=mirrored_and_moved,
+        precision="auto",
         runs=_runs(_CIFARNET, (), (), lr=0.05, batch=256),
     ),
 }

@@ -9,7 +9,7 @@ here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,7 @@ def unit_groups(
         if layer.groups > 1 and tensors[layer.weight].shape[1] == 1
     }
     known = {layer.node: layer for layer in convolving if layer.node not in depthwise}
-    reading = {n: c for n, c in _reading(groups, known).items() if n not in depthwise}
+    reading = {n: c for n, c in groups.summed_over.items() if n not in depthwise}
     found: list[UnitGroup] = []
     kept: list[Kept] = []
     for number in np.unique(units.group):
@@ -95,17 +95,6 @@ def unit_groups(
             UnitGroup(name=group.name, units=tuple(map(int, inside)), width=width, readers=readers)
         )
     return found, kept
-
-
-def _reading(groups: DependencyGroups, known: Mapping[str, Layer]) -> dict[str, np.ndarray]:
-    """Return the coupled channels that each node sums over."""
-    reading: dict[str, list[np.ndarray]] = {}
-    for consumer in groups.labels.consumers:
-        channels = groups.channel_of[consumer.field.atoms].ravel()
-        # Slot 1 of a layer is its weight: the same channels, seen from the other side.
-        if consumer.slot == 0 or consumer.node not in known:
-            reading.setdefault(consumer.node, []).append(channels)
-    return {node: np.unique(np.concatenate(parts)) for node, parts in reading.items()}
 
 
 def _reader(

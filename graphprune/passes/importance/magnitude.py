@@ -67,7 +67,6 @@ def _in_shares(
     through = unavoidable_nodes(program, groups.labels)
     beside = {p.name: n.sum() for p, n in norms.items() if users.get(p.name) not in through}
     unit = float(np.mean(list(beside.values()))) if beside else 1.0
-    reading = _reading(groups)
     is_read = np.zeros(groups.num_channels, dtype=bool)
     found: dict[Place, NDArray[np.float64]] = {}
     rows: list[Place] = []
@@ -75,7 +74,7 @@ def _in_shares(
         channels = groups.channels_of(place)
         if place.name in beside:
             found[place] = values / max(unit, _TINY)
-        elif np.isin(channels, reading.get(users[place.name], ())).all():
+        elif np.isin(channels, groups.summed_over.get(users[place.name], ())).all():
             found[place] = values / max(values.sum(), _TINY)
         else:
             rows.append(place)
@@ -85,15 +84,6 @@ def _in_shares(
         share = norms[place] / max(norms[place].sum(), _TINY)
         found[place] = np.where(is_read[groups.channels_of(place)], 0.0, share)
     return found
-
-
-def _reading(groups: DependencyGroups) -> dict[str, NDArray[np.int64]]:
-    """Return the coupled channels that each node sums over."""
-    found: dict[str, list[NDArray[np.int64]]] = {}
-    for consumer in groups.labels.consumers:
-        channels = groups.channel_of[consumer.field.atoms].ravel()
-        found.setdefault(consumer.node, []).append(channels)
-    return {node: np.unique(np.concatenate(parts)) for node, parts in found.items()}
 
 
 _TINY = np.finfo(np.float64).tiny
