@@ -104,6 +104,7 @@ def compile(
     trust_all: bool = False,
     passes: str | Pipeline | None = None,
     epochs: int = 0,
+    fine_tune: str = "",
     task: str = "",
     resume: bool = False,
     device: str = "auto",
@@ -137,7 +138,8 @@ def compile(
         trust: Classes that a pickle may name besides those of torch, torchvision and timm.
         trust_all: Let a pickle name any class.
         passes: A pipeline of your own in place of the default one; it has its own target and method.
-        epochs: Epochs of fine-tuning after the cut, by the pass ``fine-tune`` with its defaults; needs `data`.
+        epochs: Epochs of fine-tuning after the cut, by the pass ``fine-tune``; needs `data`.
+        fine_tune: Options of that pass other than its defaults, such as ``lr=0.05 mixup=1.0 distill=0.9``.
         task: What to train for, ``package.module:factory`` of a `graphprune.training.Task`, in place of
             classification; accuracy is not measured then.
         resume: Go on with a run into `out` that was interrupted while it trained.
@@ -162,21 +164,23 @@ def compile(
             round_to=round_to,
             has_data=source is not None,
             epochs=epochs,
+            fine_tune=fine_tune,
             task=task,
             export=export,
         )
         pipeline = Pipeline.parse(text)
     else:
-        changed = (target, method, granularity, round_to, epochs) != (
+        changed = (target, method, granularity, round_to, epochs, fine_tune) != (
             DEFAULT_TARGET,
             DEFAULT_METHOD,
             DEFAULT_GRANULARITY,
             DEFAULT_ROUND_TO,
             0,
+            "",
         )
         if changed:
             raise UsageError(
-                "passes= stands in place of target=, method=, granularity=, round_to= and epochs=; "
+                "passes= stands in place of target=, method=, granularity=, round_to=, epochs= and fine_tune=; "
                 "give one or the other"
             )
         pipeline = Pipeline.parse(passes) if isinstance(passes, str) else passes

@@ -37,6 +37,7 @@ def default_pipeline(
     round_to: int | str = DEFAULT_ROUND_TO,
     has_data: bool = False,
     epochs: int = 0,
+    fine_tune: str = "",
     task: str = "",
     export: bool = True,
 ) -> str:
@@ -44,7 +45,7 @@ def default_pipeline(
 
     Raises:
         TargetError: `target` cannot be read or is out of range.
-        UsageError: `method` is no method, or `epochs` cannot be trained.
+        UsageError: `method` is no method, `epochs` cannot be trained, or `fine_tune` are no options of a training.
     """
     limits = parse_target(target)  # before any work is done for it
     parse_round_to(str(round_to))
@@ -71,10 +72,8 @@ def default_pipeline(
         *_measurements(limits),
         *chosen,
         *_after_the_choice(
-            has_data=has_data,
             reestimate=has_data and not kind.chooses,
-            epochs=epochs,
-            task=task,
+            training=_training(epochs, fine_tune, task, has_data=has_data),
             export=export,
         ),
     ]
@@ -105,34 +104,49 @@ def replay_pipeline(
         "dependency-groups",  # the plan is checked against the coupling of this model
         textform.format_pass("load-plan", {"path": str(plan)}),
         *_after_the_choice(
-            has_data=has_data, reestimate=has_data, epochs=epochs, task=task, export=export
+            reestimate=has_data,
+            training=_training(epochs, "", task, has_data=has_data),
+            export=export,
         ),
     ]
     return ",".join(steps)
 
 
-def _after_the_choice(
-    *, has_data: bool, reestimate: bool, epochs: int, task: str, export: bool
-) -> list[str]:
-    if epochs < 0:
-        raise UsageError(f"expected epochs from 0 on, found {epochs}")
-    if epochs and not has_data:
-        raise UsageError(f"epochs={epochs} needs data to train on; give data= or --data")
+def _after_the_choice(*, reestimate: bool, training: list[str], export: bool) -> list[str]:
     steps = [
         "remove-channels",  # the cut; the driver proves it exact
         "clean-up",  # what the cut left without a purpose
     ]
     if reestimate:
         steps.append("reestimate-batch-norm")  # fewer channels, other statistics
-    if epochs:
-        options: dict[str, textform.Value] = {"epochs": epochs}
-        if task:
-            options["task"] = task
-        # what the cut has cost comes back
-        steps.append(textform.format_pass("fine-tune", options))
+    steps += training  # what the cut has cost comes back
     if export:
         steps += ["export-onnx", "export-program"]  # written, read back, compared
     return steps
+
+
+def _training(epochs: int, fine_tune: str, task: str, *, has_data: bool) -> list[str]:
+    if epochs < 0:
+        raise UsageError(f"expected epochs from 0 on, found {epochs}")
+    if epochs and not has_data:
+        raise UsageError(f"epochs={epochs} needs data to train on; give data= or --data")
+    if not epochs and not fine_tune:
+        return []
+    parsed = textform.parse(f"fine-tune{{{fine_tune}}}")
+    if len(parsed) > 1:
+        raise UsageError(f"expected options such as lr=0.05 mixup=1.0, found {fine_tune!r}")
+    options = convert_options(registry.load("fine-tune"), parsed[0].options)
+    if not epochs:
+        raise UsageError(
+            f"{fine_tune!r} says how to fine-tune, and nothing is fine-tuned; give epochs= (--epochs N)"
+        )
+    if "epochs" in options:
+        raise UsageError(
+            f"{fine_tune!r}: the number of epochs is epochs= (--epochs N); leave it out here"
+        )
+    if task:
+        options.setdefault("task", task)
+    return [textform.format_pass("fine-tune", {"epochs": epochs, **options})]
 
 
 def _must_be_method(method: str) -> None:

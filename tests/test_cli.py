@@ -78,6 +78,7 @@ def test_every_command_has_help_with_every_option_described(capsys: Capture, com
         (["compile", "cli_net:net", "--epoch", "3"], "No such option"),
         (["compile", "cli_net:net", "--epochs", "3"], "epochs=3 needs data to train on"),
         (["compile", "cli_net:net", "--epochs", "-1"], "expected epochs from 0 on, found -1"),
+        (["compile", "cli_net:net", "--fine-tune", "lr=1"], "nothing is fine-tuned"),
         (["compile", "cli_net:net", "--round-to", "0"], "expected auto, or a number"),
         (["compile", "cli_net:net", "--method", "magnitud"], "did you mean magnitude?"),
         (["compile", "cli_net:net", "--passes", "clean-up{"], "found the end at position 9"),

@@ -121,6 +121,15 @@ EpochsOption = Annotated[
         "--epochs", metavar="N", help="Epochs of fine-tuning after the cut; needs --data."
     ),
 ]
+FineTuneOption = Annotated[
+    str,
+    typer.Option(
+        "--fine-tune",
+        metavar="TEXT",
+        help="Options of the fine-tuning, such as 'lr=0.05 mixup=1.0 distill=0.9'; `graphprune passes` lists them.",
+        show_default=False,
+    ),
+]
 TaskOption = Annotated[
     str,
     typer.Option(

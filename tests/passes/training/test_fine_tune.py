@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -152,6 +153,34 @@ def test_it_stands_between_surgery_and_export() -> None:
         default_pipeline(epochs=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0, "fine_tune": "lr=0.1"}, "nothing is fine-tuned; give epochs="),
+        ({"fine_tune": "epochs=4"}, "the number of epochs is epochs="),
+        ({"fine_tune": "speed=3"}, "pass 'fine-tune' has no option 'speed'; it takes epochs, lr"),
+        ({"fine_tune": "lr=fast"}, "option lr expects"),
+        ({"fine_tune": "lr=0.1},random{"}, "expected options such as lr=0.05 mixup=1.0"),
+        ({"fine_tune": "lr"}, "pipeline text: expected"),
+    ],
+)
+def test_options_that_are_none_of_a_training_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        default_pipeline(**{"has_data": True, "epochs": 3, **options})
+
+
+def test_options_and_task_go_to_the_training() -> None:
+    text = default_pipeline(
+        has_data=True, epochs=3, fine_tune='optimizer="adamw{betas=(0.9,0.95)}" lr=1e-3', task="a:b"
+    )
+    step = gp.Pipeline.parse(text).passes[-3]
+    assert isinstance(step, FineTune)
+    assert (step.epochs, step.lr, step.task) == (3, 1e-3, "a:b")
+    assert step.optimizer == "adamw{betas=(0.9,0.95)}"
+
+
 def test_compile_trains_what_it_has_cut(tmp_path: Path) -> None:
     model = make().eval()
     options: dict[str, Any] = {"target": "params=0.5", "data": "digits", "export": False}
@@ -169,7 +198,7 @@ def test_compile_trains_what_it_has_cut(tmp_path: Path) -> None:
 
 
 def test_passes_and_epochs_exclude_each_other() -> None:
-    with pytest.raises(UsageError, match="passes= stands in place of .* and epochs="):
+    with pytest.raises(UsageError, match="passes= stands in place of .* epochs= and fine_tune="):
         gp.compile(make(), passes="magnitude", epochs=2, data="digits")
     with pytest.raises(UsageError, match="give that folder as out="):
         gp.compile(make(), epochs=1, data="digits", resume=True)
@@ -182,11 +211,13 @@ def test_a_regression_from_the_command_line(
         [
             *("compile", "tests.passes.training.test_fine_tune:make"),
             *("--data", "tests.training.networks:regression_data", "--task", TASK),
-            *("--epochs", "4", "--out", str(tmp_path), "--no-export", "--json"),
+            *("--epochs", "4", "--fine-tune", "batch_size=64", "--out", str(tmp_path)),
+            *("--no-export", "--json"),
         ]
     )
     assert status == 0
     report = json.loads(capsys.readouterr().out)
+    assert any(p["name"].startswith("fine-tune{epochs=4 batch_size=64 ") for p in report["passes"])
     assert report["after"]["accuracy"] is None
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["test_error"] < 0.7 * lines[0]["test_error"]
