@@ -40,7 +40,7 @@ class Recipe:
     temperature: float = 4.0
     """Temperature at which logits are compared."""
     mirror: bool = False
-    """The teacher looks at the mirror image of each image too; the mean of its logits counts."""
+    """The teacher looks at mirror images too, and the mean of its logits counts; not for letters and digits."""
     features: float = 0.0
     """Weight of the distance from where the teacher attends to, stage by stage."""
     average: float = 0.0

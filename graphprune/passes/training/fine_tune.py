@@ -57,7 +57,7 @@ class FineTune(Pass):
     temperature: float = 4.0
     """Temperature at which logits are compared."""
     mirror: bool = False
-    """The dense program looks at the mirror image of each image too; the mean of its logits counts."""
+    """The dense program looks at mirror images too, and the mean of its logits counts; not for letters and digits."""
     features: float = 0.0
     """Weight of the distance from where the dense program attends to, stage by stage; 0: not compared."""
     average: float = 0.0

@@ -78,7 +78,7 @@ class TrainableGates(Pass):
     temperature: float = 4.0
     """Temperature at which logits are compared."""
     mirror: bool = False
-    """The dense program looks at the mirror image of each image too; the mean of its logits counts."""
+    """The dense program looks at mirror images too, and the mean of its logits counts; not for letters and digits."""
     features: float = 0.0
     """Weight of the distance from where the dense program attends to, stage by stage; 0: not compared."""
     clip: float = 0.0
