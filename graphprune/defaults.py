@@ -21,6 +21,7 @@ __all__ = [
     "DEFAULT_TARGET",
     "default_pipeline",
     "replay_pipeline",
+    "training_options",
 ]
 
 DEFAULT_TARGET = "macs=0.5"
@@ -91,25 +92,33 @@ def replay_pipeline(
     plan: str | Path,
     *,
     has_data: bool = False,
-    epochs: int = 0,
-    task: str = "",
     export: bool = True,
 ) -> str:
-    """Return the pipeline of `apply` as text.
-
-    Raises:
-        UsageError: `epochs` cannot be trained.
-    """
+    """Return the pipeline of `apply` as text."""
     steps = [
         "dependency-groups",  # the plan is checked against the coupling of this model
         textform.format_pass("load-plan", {"path": str(plan)}),
-        *_after_the_choice(
-            reestimate=has_data,
-            training=_training(epochs, "", task, has_data=has_data),
-            export=export,
-        ),
+        *_after_the_choice(reestimate=has_data, training=[], export=export),
     ]
     return ",".join(steps)
+
+
+def training_options(text: str) -> dict[str, textform.Value]:
+    """Return the options of a fine-tuning that a text such as ``lr=0.05 mixup=1.0`` holds, all but the epochs.
+
+    Raises:
+        UsageError: They are no options of ``fine-tune``, or the epochs are among them.
+    """
+    parsed = textform.parse(f"fine-tune{{{text}}}")
+    if len(parsed) > 1:
+        raise UsageError(f"expected options such as lr=0.05 mixup=1.0, found {text!r}")
+    options = convert_options(registry.load("fine-tune"), parsed[0].options)
+    if "epochs" in options:
+        raise UsageError(
+            f"{text!r}: the number of epochs is none of these options; it is given by itself "
+            "(epochs=, --epochs N)"
+        )
+    return options
 
 
 def _after_the_choice(*, reestimate: bool, training: list[str], export: bool) -> list[str]:
@@ -132,17 +141,10 @@ def _training(epochs: int, fine_tune: str, task: str, *, has_data: bool) -> list
         raise UsageError(f"epochs={epochs} needs data to train on; give data= or --data")
     if not epochs and not fine_tune:
         return []
-    parsed = textform.parse(f"fine-tune{{{fine_tune}}}")
-    if len(parsed) > 1:
-        raise UsageError(f"expected options such as lr=0.05 mixup=1.0, found {fine_tune!r}")
-    options = convert_options(registry.load("fine-tune"), parsed[0].options)
+    options = training_options(fine_tune)
     if not epochs:
         raise UsageError(
             f"{fine_tune!r} says how to fine-tune, and nothing is fine-tuned; give epochs= (--epochs N)"
-        )
-    if "epochs" in options:
-        raise UsageError(
-            f"{fine_tune!r}: the number of epochs is epochs= (--epochs N); leave it out here"
         )
     if task:
         options.setdefault("task", task)

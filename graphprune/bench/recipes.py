@@ -1,7 +1,7 @@
 """Recipes: accuracy after a cut and training, every method with the same compute, in the same harness.
 
-One unit of compute is one epoch of the dense network, forward and backward. A distilled epoch costs a third of that
-more, for the dense network's forward pass; an epoch of the cut network costs its share of the MACs:
+One unit of compute is one epoch of the dense network, forward and backward. Where it teaches, each look of the dense
+network costs a third of that more, a forward pass; an epoch of the cut network costs its share of the MACs:
 
     gates       epochs of the dense network with gates, then epochs of what is left
     others      a choice without training, then epochs of what is left
@@ -20,19 +20,19 @@ from typing import Any
 import torch
 
 from graphprune.data import DataSource, evaluate
-from graphprune.defaults import default_pipeline
+from graphprune.defaults import default_pipeline, training_options
 from graphprune.devices import pick_device
 from graphprune.errors import UsageError
 from graphprune.groups import analyze
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.program import Program
 from graphprune.registry import methods as registered_methods
-from graphprune.textform import format_pass, interpret, parse
+from graphprune.textform import format_pass
 
 __all__ = ["Budget", "Row", "pipelines", "run_row", "to_markdown"]
 
 TEACHER = 1 / 3
-"""What one distilled epoch costs besides the training: the dense network's forward pass."""
+"""What one look of the teacher costs in an epoch: the dense network's forward pass."""
 GATES = "trainable-gates"
 SCRATCH = "scratch"
 
@@ -112,7 +112,7 @@ def pipelines(method: str, budget: Budget) -> tuple[str, str, str]:
         target=f"macs={budget.target:g}", method=choice, has_data=method != SCRATCH, export=False
     )
     options: dict[str, Any] = {"lr": 0.1, "distill": 0.0} if method == SCRATCH else {}
-    options |= _read(budget.options)
+    options |= training_options(budget.options)
     epochs = budget.epochs(spent=spent, looks=_looks(options))
     options = {"epochs": epochs, **options}
     return cut, format_pass("fine-tune", options), f"{gated} + {epochs}"
@@ -123,20 +123,6 @@ def _looks(options: Mapping[str, Any]) -> int:
     if options.get("distill") == 0 and not options.get("features"):
         return 0
     return 2 if options.get("mirror") else 1
-
-
-def _read(options: str) -> dict[str, Any]:
-    (step,) = parse(f"fine-tune{{{options}}}")
-    if "epochs" in step.options:
-        raise UsageError(f"options {options!r}: the number of epochs follows from the compute")
-    found = {
-        name: interpret(raw) for name, raw in step.options.items() if not isinstance(raw, tuple)
-    }
-    if len(found) < len(step.options):
-        raise UsageError(
-            f"options {options!r}: expected name=value, found several values for one name"
-        )
-    return found
 
 
 def run_row(
