@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_aten = torch.ops.aten
+
 __all__ = ["DEFAULT_MOMENTUM", "TrainedBatchNorm", "batch_norm", "synchronised_batch_norm"]
 
 DEFAULT_MOMENTUM = 0.1
@@ -22,8 +24,8 @@ DEFAULT_MOMENTUM = 0.1
 
 _LANES = 16
 """Values that a processor takes at a time."""
-_MANY_CHANNELS = 40
-"""From here on, torch's kernel is as fast with an odd number of channels."""
+_FEW_CHANNELS = {False: 20, True: 256}
+"""Below that, torch's kernel is slow where channels fill no register: with one thread, and with several."""
 
 
 class TrainedBatchNorm(nn.Module):
@@ -65,8 +67,9 @@ def batch_norm(
 ) -> Tensor:
     """Normalise `x` by its mean and variance; update the running ones in place.
 
-    With images in channels_last on a CPU, torch's kernel takes two to three times the time for 11 channels that it
-    takes for 16; cut networks have such numbers. There this one treats several pixels as one row of many channels.
+    With images in channels_last on a CPU, torch's kernel is slow for 11 channels, as cut networks have: pixels fill
+    no register, and threads write into each other's cache lines. There this one calls it on wide pixels: 16 of 11
+    channels are taken for one of 176.
 
     Shapes:
         x: [batch, channels, height, width].
@@ -74,72 +77,88 @@ def batch_norm(
     is_for_us = (
         not torch.compiler.is_compiling()  # a compiler writes its own
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.dim() == 4
-        and x.shape[1] % 8 != 0
-        and x.shape[1] < _MANY_CHANNELS
+        and x.shape[1] < _FEW_CHANNELS[torch.get_num_threads() > 1]
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
+        and _pixels(x) > 1
         and weight is not None
         and bias is not None
+        and weight.dtype == torch.float32
     )
     if not is_for_us:
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
-    out, mean, var = _Pixelwise.apply(x, weight, bias, eps)
+    out, mean, var = _Wide.apply(x, weight, bias, eps)
     _update(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
     normalised: Tensor = out
     return normalised
 
 
-class _Pixelwise(torch.autograd.Function):
-    """Batch norm over rows of several pixels, so that a row fills the processor's registers."""
+class _Wide(torch.autograd.Function):
+    """Batch norm by torch's kernels on wide pixels; what belongs to one channel is put together from its places."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        channels = x.shape[1]
-        rows, pixels = _rows(x)
-        count = x.numel() // channels
-        mean = rows.mean(0).view(pixels, channels).mean(0)
-        image = torch.empty_like(x)  # no view of anything: an activation may write into it
-        out = torch.sub(rows, mean.repeat(pixels), out=_rows(image)[0])
-        var = out.square().sum(0).view(pixels, channels).sum(0) / count
+        pixels = _pixels(x)
+        wide = _widened(x, pixels)
+        one = weight.new_ones(wide.shape[1])
+        _, means, inverses = _aten.native_batch_norm(wide, one, one, None, None, True, 0.0, 0.0)
+        places = means.view(pixels, -1)
+        mean = places.mean(0)
+        var = (inverses.view(pixels, -1).pow(-2) + (places - mean).square()).mean(0)
         inverse = torch.rsqrt(var + eps)
-        out.mul_((inverse * weight).repeat(pixels)).add_(bias.repeat(pixels))
+        out = _scaled(wide, inverse * weight, mean, bias)
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.mark_non_differentiable(mean, var)
-        return image, mean, var
+        return _narrowed(out, x), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, inverse = ctx.saved_tensors
-        channels = x.shape[1]
-        rows, pixels = _rows(x)
-        grads = _rows(grad.contiguous(memory_format=torch.channels_last))[0]
-        count = x.numel() // channels
-        of_bias = grads.sum(0).view(pixels, channels).sum(0)
-        centred = (rows - mean.repeat(pixels)).mul_(grads)
-        of_weight = centred.sum(0).view(pixels, channels).sum(0) * inverse
-        # weight * inverse * (grad - of_bias / count - normalised * of_weight / count), in two sweeps
+        pixels = _pixels(x)
+        wide = _widened(x, pixels)
+        grads = _widened(grad.contiguous(memory_format=torch.channels_last), pixels)
+        count = x.numel() // x.shape[1]
         scale = weight * inverse
-        slope = -scale * inverse * of_weight / count
-        offset = -scale * of_bias / count - slope * mean
-        image = torch.empty_like(x)
-        of_x = _rows(image)[0]
-        torch.addcmul(offset.repeat(pixels), rows, slope.repeat(pixels), out=of_x)
-        of_x.addcmul_(grads, scale.repeat(pixels))
-        return image, of_weight, of_bias, None
+        # As in evaluation: grad * scale, and the sums of grad * (x - mean) and of grad
+        of_x, products, sums = _aten.native_batch_norm_backward(
+            *(grads, wide, scale.repeat(pixels), mean.repeat(pixels)),
+            *(weight.new_ones(wide.shape[1]), None, None, False, 0.0, [True, True, True]),
+        )
+        of_weight = products.view(pixels, -1).sum(0) * inverse
+        of_bias = sums.view(pixels, -1).sum(0)
+        # weight * inverse * (grad - of_bias / count - normalised * of_weight / count)
+        of_x += _scaled(wide, -scale * inverse * of_weight / count, mean, -scale * of_bias / count)
+        return _narrowed(of_x, x), of_weight, of_bias, None
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """Return images in channels_last as a matrix whose rows are several pixels each, and how many."""
+def _scaled(wide: Tensor, scale: Tensor, mean: Tensor, bias: Tensor) -> Tensor:
+    """Return scale * (wide - mean) + bias, each given once for a channel."""
+    pixels = wide.shape[1] // len(scale)
+    one = scale.new_ones(wide.shape[1])
+    vectors = (scale.repeat(pixels), bias.repeat(pixels), mean.repeat(pixels), one)
+    scaled: Tensor = _aten.native_batch_norm(wide, *vectors, False, 0.0, 0.0)[0]
+    return scaled
+
+
+def _pixels(x: Tensor) -> int:
+    """Return how many pixels of images together fill registers, if there are as many."""
     batch, channels, height, width = x.shape
-    total = batch * height * width
-    pixels = gcd(_LANES // gcd(channels, _LANES), total)
-    return x.permute(0, 2, 3, 1).view(total // pixels, pixels * channels), pixels
+    return gcd(_LANES // gcd(channels, _LANES), batch * height * width)
+
+
+def _widened(x: Tensor, pixels: int) -> Tensor:
+    """Return images in channels_last as one, of the same pixels one after the other, several taken for one."""
+    return x.permute(0, 2, 3, 1).reshape(1, -1, 1, pixels * x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _narrowed(wide: Tensor, like: Tensor) -> Tensor:
+    """Undo `_widened`; the result is no view, so that an activation may write into it."""
+    return wide.new_empty(0).set_(wide.untyped_storage(), 0, like.shape, like.stride())
 
 
 class _SumOverProcesses(torch.autograd.Function):
