@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_aten = torch.ops.aten
-
 __all__ = ["DEFAULT_MOMENTUM", "TrainedBatchNorm", "batch_norm", "synchronised_batch_norm"]
 
 DEFAULT_MOMENTUM = 0.1
 """What torch.export writes as 0.0 was ``momentum=None``, a cumulative average whose count it dropped."""
+
+_aten = torch.ops.aten
 
 _LANES = 16
 """Values that a processor takes at a time."""
@@ -106,9 +106,10 @@ class _Wide(torch.autograd.Function):
         wide = _widened(x, pixels)
         one = weight.new_ones(wide.shape[1])
         _, means, inverses = _aten.native_batch_norm(wide, one, one, None, None, True, 0.0, 0.0)
+        variances = inverses.pow(-2).masked_fill_(inverses == 0, 0.0)  # 0: no variance at all
         places = means.view(pixels, -1)
         mean = places.mean(0)
-        var = (inverses.view(pixels, -1).pow(-2) + (places - mean).square()).mean(0)
+        var = (variances.view(pixels, -1) + (places - mean).square()).mean(0)
         inverse = torch.rsqrt(var + eps)
         out = _scaled(wide, inverse * weight, mean, bias)
         ctx.save_for_backward(x, weight, mean, inverse)
@@ -124,14 +125,14 @@ class _Wide(torch.autograd.Function):
         grads = _widened(grad.contiguous(memory_format=torch.channels_last), pixels)
         count = x.numel() // x.shape[1]
         scale = weight * inverse
-        # As in evaluation: grad * scale, and the sums of grad * (x - mean) and of grad
+        # As in evaluation: grad * scale, and the sums of grad * (x - mean) and of grad.
         of_x, products, sums = _aten.native_batch_norm_backward(
             *(grads, wide, scale.repeat(pixels), mean.repeat(pixels)),
             *(weight.new_ones(wide.shape[1]), None, None, False, 0.0, [True, True, True]),
         )
         of_weight = products.view(pixels, -1).sum(0) * inverse
         of_bias = sums.view(pixels, -1).sum(0)
-        # weight * inverse * (grad - of_bias / count - normalised * of_weight / count)
+        # weight * inverse * (grad - of_bias / count - normalised * of_weight / count), in two parts
         of_x += _scaled(wide, -scale * inverse * of_weight / count, mean, -scale * of_bias / count)
         return _narrowed(of_x, x), of_weight, of_bias, None
 

@@ -114,6 +114,25 @@ def test_a_form_trains_with_it_in_both_dialects(
         torch.testing.assert_close(named[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_channels_without_variance_are_as_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    uses = counted(monkeypatch)
+    layer = nn.BatchNorm2d(11)
+    twin = copy.deepcopy(layer)
+    x = images(11)
+    x[:, 3] = 0.0
+    x[:, 4, :, ::2] = 2.5
+    x[:, 4, :, 1::2] = -1.0
+    x, other = (x.clone().requires_grad_() for _ in range(2))
+    wanted = layer(x)
+    found = ours.TrainedBatchNorm(twin, ours.batch_norm)(other)
+    wanted.square().sum().backward()
+    found.square().sum().backward()
+    assert uses
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other.grad, x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twin.state_dict(), layer.state_dict())
+
+
 def test_an_activation_may_write_into_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     uses = counted(monkeypatch)
     layer = nn.BatchNorm2d(11)
