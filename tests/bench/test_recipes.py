@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,22 @@ def test_the_table_has_the_best_of_each_target_first() -> None:
     assert lines[0] == "Dense: 93.39%."
     assert [line.split(" | ")[1] for line in lines[4:]] == ["obs", "obs", "random"]
     assert lines[4] == "| 0.699 | obs | 2 + 4 | 50.00% | 92.00% | 0 | 9 |"
+
+
+def test_the_tool_measures_once_and_writes_a_table(tmp_path: Path) -> None:
+    log = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(Path(__file__).parents[2] / "tools" / "bench_recipes")]
+    command += "--model graphprune.demo:DigitsNet --input 1x1x8x8 --data digits,holdout=0.2".split()
+    command += "--methods magnitude --targets 0.5 --compute 1 --threads 1 --json".split()
+    command.append(str(log))
+    first, again = (
+        subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert again.returncode == 0, again.stderr
+    assert first.stdout == again.stdout
+    assert first.stdout.startswith("Dense: ")
+    assert "| magnitude | 0 + 1 |" in first.stdout
+    assert "magnitude at 0." in first.stderr
+    assert "magnitude at" not in again.stderr
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 1
