@@ -6,7 +6,7 @@
 
 The iterative form does both in several stages, the iterations shared out among them; for LeNet-300-100 and CIFAR-Net
 also with many more of them. What is kept is counted, weights without biases. Shares per layer, damping and learning
-rates were chosen on the held-out images, but for the learning rate of CIFAR-Net, which has not been chosen yet.
+rates were chosen on the held-out images, but for that of CIFAR-Net over 510 iterations, which has not been chosen yet.
 
 Source: Dong, Chen and Pan 2017, "Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon", table 1.
 """
