@@ -260,7 +260,7 @@ def train(
 
 
 def mirrored_and_moved(x: Tensor, generator: torch.Generator, *, reach: int = 4) -> Tensor:
-    """Mirror half of the images and move all by up to four pixels."""
+    """Mirror half of the images and move all by up to `reach` pixels."""
     mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
     x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     steps = torch.randint(-reach, reach + 1, (2, len(x)), generator=generator)

@@ -24,8 +24,10 @@ _aten = torch.ops.aten
 
 _LANES = 16
 """Values that a processor takes at a time."""
-_FEW_CHANNELS = {False: 20, True: 256}
-"""Below that, torch's kernel is slow where channels fill no register: with one thread, and with several."""
+_FEW_CHANNELS = 20
+"""Below that, torch's kernel is slow where channels fill no register."""
+_FEW_CHANNELS_OF_THREADS = 256
+"""The same where several threads share the work."""
 
 
 class TrainedBatchNorm(nn.Module):
@@ -74,12 +76,13 @@ def batch_norm(
     Shapes:
         x: [batch, channels, height, width].
     """
+    few = _FEW_CHANNELS if torch.get_num_threads() == 1 else _FEW_CHANNELS_OF_THREADS
     is_for_us = (
         not torch.compiler.is_compiling()  # a compiler writes its own
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dim() == 4
-        and x.shape[1] < _FEW_CHANNELS[torch.get_num_threads() > 1]
+        and x.shape[1] < few
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
         and _pixels(x) > 1
