@@ -9,7 +9,7 @@ import networkx as nx
 from graphprune.labels.trace import Labels, tensor_infos
 from graphprune.program import Program
 
-__all__ = ["first_users", "unavoidable_nodes"]
+__all__ = ["first_users", "unavoidable_nodes", "unavoidable_parameters"]
 
 
 def first_users(program: Program, parameters: Iterable[str]) -> dict[str, str]:
@@ -48,3 +48,11 @@ def unavoidable_nodes(program: Program, labels: Labels) -> frozenset[str]:
             found.add(name)
             name = above[name]
     return frozenset(found - {output.name})
+
+
+def unavoidable_parameters(
+    program: Program, labels: Labels, parameters: Iterable[str]
+) -> frozenset[str]:
+    """Return those of `parameters` whose first user is one of `unavoidable_nodes`."""
+    users, through = first_users(program, set(parameters)), unavoidable_nodes(program, labels)
+    return frozenset(name for name, user in users.items() if user in through)

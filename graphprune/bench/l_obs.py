@@ -208,7 +208,7 @@ class CifarNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Classify images of 32x32."""
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = self.pool(F.relu(conv(x)))
+            x = F.relu(self.pool(conv(x)))  # in this order ReLU has a quarter of the values
         logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
         return logits
 
@@ -520,10 +520,10 @@ _CIFARNET_LONGER = Run(
         {name: share**power for name, share in _CIFARNET.items()}
         for power in (0.5, 0.75, 0.9, 0.97, 1.0)
     ),
-    iterations=(1500, 2000, 3000, 6000, 14_000),
+    iterations=(2000, 3000, 5000, 15_000, 60_000),
     lr=0.05,
     batch=128,
-    augment=partial(mirrored_and_moved, reach=2),
+    augment=partial(mirrored_and_moved, reach=1),
     inputs="pruned",
 )
 

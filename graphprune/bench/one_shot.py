@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphprune import registry
 from graphprune.capture import capture
 from graphprune.data import DataSource, evaluate
 from graphprune.errors import UsageError
@@ -29,6 +30,8 @@ from graphprune.zoo.peer import is_fused_attention
 
 __all__ = ["PEERS", "Row", "Start", "methods", "run_row", "to_markdown"]
 
+OBS = "obs"
+"""The one row of ours that chooses by itself, on as many images as it is given."""
 PEERS: Mapping[str, str] = {
     "tp-magnitude": "GroupMagnitudeImportance",
     "tp-bn-scale": "BNScaleImportance",
@@ -86,17 +89,9 @@ class Row:
 
 
 def methods() -> tuple[str, ...]:
-    """Return the names of all rows."""
-    ours = (
-        "obs",
-        "magnitude",
-        "magnitude{relative=false}",
-        "taylor",
-        "bn-scale",
-        "activation",
-        "random",
-    )
-    return (*ours, *PEERS, *(name + UNIFORM for name in PEERS))
+    """Return the names of all rows; ours take options as well: ``magnitude{relative=false}``."""
+    scoring = (name for name in registry.methods() if not registry.load(name).chooses)
+    return (OBS, *scoring, *PEERS, *(name + UNIFORM for name in PEERS))
 
 
 def run_row(start: Start, method: str, target: float, samples: int, *, seed: int = 0) -> Row:
@@ -105,14 +100,14 @@ def run_row(start: Start, method: str, target: float, samples: int, *, seed: int
     Raises:
         UsageError: There is no such row, or Torch-Pruning is not installed.
     """
-    if method not in methods():
+    name = _name(method)
+    if name not in methods():
         raise UsageError(f"expected one of {', '.join(methods())}, found {method!r}")
     started = time.perf_counter()
     dense = capture(start.model, start.example)
-    peer = method.startswith("tp-")
     error, macs, accuracy = "", None, None
     try:
-        cut = (_peer if peer else _own)(start, dense, method, target, samples, seed)
+        cut = (_peer if _is_peer(name) else _own)(start, dense, method, target, samples, seed)
     except _PeerFails as failure:
         error, seconds = str(failure), time.perf_counter() - started
     else:
@@ -130,6 +125,15 @@ def run_row(start: Start, method: str, target: float, samples: int, *, seed: int
     )
 
 
+def _is_peer(name: str) -> bool:
+    return name.removesuffix(UNIFORM) in PEERS
+
+
+def _name(method: str) -> str:
+    """Return a row's name without options."""
+    return method if _is_peer(method) else method.partition("{")[0]
+
+
 class _PeerFails(Exception):
     """Torch-Pruning has no cut to show, and this is why."""
 
@@ -137,12 +141,14 @@ class _PeerFails(Exception):
 def _own(
     start: Start, dense: Program, method: str, target: float, samples: int, seed: int
 ) -> Program:
-    limit = {"target": f"macs={target}", "round_to": "1"}
-    if method == "obs":
-        steps = [format_pass("obs", {**limit, "num_samples": samples}), "remove-channels"]
+    limit = f"macs={target}"
+    (own,) = Pipeline.parse(method).passes
+    if own.name == OBS:
+        options: dict[str, Any] = {"target": limit, "round_to": "1", "num_samples": samples}
+        steps = [dataclasses.replace(own, **options).spec(), "remove-channels"]
     else:
-        choice = format_pass("choose-channels", limit)
-        steps = [method, choice, "remove-channels", _reestimate(samples)]
+        choose = format_pass("choose-channels", {"target": limit, "round_to": "1"})
+        steps = [own.spec(), choose, "remove-channels", _reestimate(samples)]
     text = ",".join(["dependency-groups", *steps])
     return Pipeline.parse(text).run(dense, data=start.data, device="cpu", seed=seed).program
 
@@ -264,7 +270,8 @@ def to_markdown(rows: Sequence[Row], *, dense: float) -> str:
     targets = sorted({r.target for r in rows}, reverse=True)
     head = ["method", "images", *(f"{t:g} of MACs" for t in targets), "seconds, each"]
     lines = [" | ".join(head), "|".join(["---", "--:", *["--:"] * len(targets), "--:"])]
-    for method in methods():
+    order = methods()
+    for method in sorted({r.method for r in rows}, key=lambda m: (order.index(_name(m)), m)):
         for samples in sorted({r.samples for r in rows if r.method == method}):
             mine = {r.target: r for r in rows if r.method == method and r.samples == samples}
             cells = [_cell(mine[t]) if t in mine else "" for t in targets]

@@ -24,7 +24,9 @@ def start() -> Start:
     )
 
 
-@pytest.mark.parametrize("method", ["obs", "magnitude"])
+@pytest.mark.parametrize(
+    "method", ["obs", "obs{batch_size=32}", "magnitude", "magnitude{relative=false}"]
+)
 def test_our_rows_reach_the_target(start: Start, method: str) -> None:
     row = run_row(start, method, 0.7, 128)
     assert row.macs is not None
@@ -70,4 +72,9 @@ def test_the_table_has_a_line_for_each_method_and_a_column_for_each_target() -> 
     assert lines[2] == "| method | images | 0.7 of MACs | 0.5 of MACs | seconds, each |"
     assert lines[4] == "| obs | 1024 | 93.00% | 90.00% | 250 to 300 |"
     assert lines[5] == "| tp-fpgm | 4096 | fails | 80.00% at 0.490 | 20 to 30 |"
+
+
+def test_there_is_a_row_for_each_criterion_of_ours() -> None:
     assert methods()[0] == "obs"
+    assert {"magnitude", "geometric-median", "lamp", "wanda", "fisher"} < set(methods())
+    assert "trainable-gates" not in methods()

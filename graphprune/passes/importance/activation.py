@@ -7,14 +7,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from graphprune.errors import DataError
+from graphprune.flow import unavoidable_nodes
 from graphprune.groups import DependencyGroups
 from graphprune.labels import TensorInfo
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
-from graphprune.scores import Scores
+from graphprune.scores import Scores, divisors
 
 __all__ = ["MeanActivation"]
 
@@ -35,6 +37,8 @@ class MeanActivation(Pass):
     """How many training samples to run."""
     batch_size: int = 64
     """Samples in a batch."""
+    relative: bool = True
+    """Count shares in layers that everything goes through; false: sums everywhere."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the mean absolute activations."""
@@ -45,41 +49,65 @@ class MeanActivation(Pass):
             )
         recorder = _Recorder(program.clone().module.to(context.device), groups)
         loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
-        batches = 0
         with (
             torch.inference_mode(),
             context.progress.task("activations", total=len(loader)) as task,
         ):
             for inputs, _ in loader:
                 recorder.run(inputs.to(context.device))
-                batches += 1
                 task.advance()
-        return Scores(values=recorder.values / max(1, batches), method=self.spec())
+        sums = recorder.sums
+        read = {
+            reader: [sums[name] for name in sources if name in sums]
+            for reader, sources in recorder.readers.items()
+        }
+        totals = {n: float(sum(part.sum() for _, part in parts)) for n, parts in read.items()}
+        by = dict.fromkeys(read, float(max(1, len(loader))))
+        if self.relative:
+            by = divisors(totals, unavoidable_nodes(program, groups.labels))
+        values = np.zeros(groups.num_channels)
+        for reader, parts in read.items():
+            for channels, part in parts:
+                np.add.at(values, channels, part / by[reader])
+        return Scores(values=values, method=self.spec())
 
 
 class _Recorder(fx.Interpreter):
-    """Adds up the mean absolute value of every channel at the nodes that consumers read."""
+    """Adds up the mean absolute value of every channel of the tensors that consumers read."""
 
     def __init__(self, module: fx.GraphModule, groups: DependencyGroups) -> None:
         super().__init__(module)
         self.groups = groups
-        self.values = np.zeros(groups.num_channels)
         consumers = {c.node for c in groups.labels.consumers}
-        nodes = [n for n in module.graph.nodes if n.name in consumers]
-        self.read = {source.name for node in nodes for source in node.all_input_nodes}
+        self.readers = {
+            n.name: [source.name for source in n.all_input_nodes]
+            for n in module.graph.nodes
+            if n.name in consumers
+        }
+        """Consumer -> nodes whose outputs it reads."""
+        self.sums: dict[str, tuple[NDArray[np.intp], NDArray[np.float64]]] = {}
+        """Such a node -> its coupled channels, and for each the sum of means over batches."""
+        self.read = {name for sources in self.readers.values() for name in sources}
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         info = self.groups.labels.values[n.name]
         if n.name in self.read and isinstance(info, TensorInfo) and isinstance(result, Tensor):
-            if result.is_floating_point() and n.op != "get_attr":
-                self._record(info, result.detach().abs())
+            if info.fields and result.is_floating_point() and n.op != "get_attr":
+                channels, means = self._means(info, result.detach().abs())
+                before = self.sums[n.name][1] if n.name in self.sums else 0.0
+                self.sums[n.name] = channels, before + means
         return result
 
-    def _record(self, info: TensorInfo, magnitude: Tensor) -> None:
+    def _means(
+        self, info: TensorInfo, magnitude: Tensor
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Return the coupled channels of all fields, and the mean of each of them."""
+        channels, means = [], []
         for field in info.fields:
             others = [d for d in range(magnitude.dim()) if d not in field.dims]
             mean = magnitude.float().mean(others) if others else magnitude.float()
             order = sorted(range(len(field.dims)), key=field.dims.__getitem__)
-            channels = self.groups.channel_of[field.atoms.transpose(order)]
-            np.add.at(self.values, channels, mean.double().cpu().numpy())
+            channels.append(self.groups.channel_of[field.atoms.transpose(order)].ravel())
+            means.append(mean.double().cpu().numpy().ravel())
+        return np.concatenate(channels), np.concatenate(means)

@@ -33,6 +33,9 @@ class BatchNormScale(Pass):
     requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
     is_method: ClassVar[bool] = True
 
+    relative: bool = True
+    """Count shares in layers that everything goes through; false: sums everywhere."""
+
     def run(self, program: Program, context: Context) -> Scores:
         """Return the sum of absolute scales of every coupled channel."""
         groups = context.need(DependencyGroups)
@@ -46,7 +49,7 @@ class BatchNormScale(Pass):
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
             return along(tensor.abs(), place.dim) if place.name in scales else None
 
-        values = last_where_unseen(program, groups, measure)
+        values = last_where_unseen(program, groups, measure, relative=self.relative)
         return Scores(values=values, method=self.spec())
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from graphprune.flow import first_users, unavoidable_nodes
+from graphprune.flow import first_users, unavoidable_parameters
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
-from graphprune.scores import Scores, norms_along, sum_over_places
+from graphprune.scores import Scores, divisors, norms_along, sum_over_places
 
 __all__ = ["Magnitude"]
 
@@ -58,32 +58,25 @@ class Magnitude(Pass):
 def _in_shares(
     program: Program, groups: DependencyGroups, norms: Mapping[Place, NDArray[np.float64]]
 ) -> dict[Place, NDArray[np.float64]]:
-    """Return shares of their layer, where everything goes through it, and what a mean layer is 1 in elsewhere.
+    """Return norms that compare from layer to layer.
 
-    A norm behind a layer makes the scale of its rows mean nothing, so rows count for channels alone that no column of
-    such a layer reads.
+    A norm behind a layer makes the scale of its rows mean nothing, so rows of a layer that everything goes through
+    count for channels alone that no column of such a layer reads.
     """
-    users = first_users(program, {place.name for place in norms})
-    through = unavoidable_nodes(program, groups.labels)
-    beside = {p.name: n.sum() for p, n in norms.items() if users.get(p.name) not in through}
-    unit = float(np.mean(list(beside.values()))) if beside else 1.0
+    sums = {place.name: float(values.sum()) for place, values in norms.items()}
+    users = first_users(program, sums)
+    through = unavoidable_parameters(program, groups.labels, sums)
+    by = divisors(sums, through)
     is_read = np.zeros(groups.num_channels, dtype=bool)
-    found: dict[Place, NDArray[np.float64]] = {}
-    rows: list[Place] = []
-    for place, values in norms.items():
+    found = {place: values / by[place.name] for place, values in norms.items()}
+    rows = []
+    for place in norms:
         channels = groups.channels_of(place)
-        if place.name in beside:
-            found[place] = values / max(unit, _TINY)
-        elif np.isin(channels, groups.summed_over.get(users[place.name], ())).all():
-            found[place] = values / max(values.sum(), _TINY)
-        else:
+        summed = groups.summed_over.get(users.get(place.name, ""), ())
+        if place.name in through and not np.isin(channels, summed).all():
             rows.append(place)
-            continue
-        is_read[channels] = True
+        else:
+            is_read[channels] = True
     for place in rows:
-        share = norms[place] / max(norms[place].sum(), _TINY)
-        found[place] = np.where(is_read[groups.channels_of(place)], 0.0, share)
+        found[place] = np.where(is_read[groups.channels_of(place)], 0.0, found[place])
     return found
-
-
-_TINY = np.finfo(np.float64).tiny

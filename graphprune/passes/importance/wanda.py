@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graphprune.errors import DataError
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
-from graphprune.scores import Scores
+from graphprune.scores import Scores, sum_over_places
 from graphprune.second_order.calibration import collect
 from graphprune.second_order.layers import layers
 
@@ -40,6 +41,8 @@ class Wanda(Pass):
     """How many training samples to run."""
     batch_size: int = 64
     """Samples in a batch."""
+    relative: bool = True
+    """Count shares in layers that everything goes through; false: sums everywhere."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the scores."""
@@ -63,10 +66,15 @@ class Wanda(Pass):
                     task.advance()
 
             moments = collect(program, batches(), list(readers), device=context.device, bias=False)
-        values = np.zeros(groups.num_channels)
+        parts: dict[str, NDArray[np.float64]] = {}
         for node, layer in readers.items():
             weight = tensors[layer.weight].detach().abs().double()
             rms = moments[node].gram[0].diagonal().clamp(min=0).sqrt()
             columns = (weight.flatten(1).sum(0).cpu() * rms).view(weight.shape[1], -1).sum(1)
-            np.add.at(values, groups.channels_of(Place(layer.weight, 1)), columns.numpy())
+            parts[layer.weight] = parts.get(layer.weight, 0.0) + columns.numpy()
+
+        def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
+            return parts.get(place.name) if place.dim == 1 else None
+
+        values = sum_over_places(program, groups, measure, relative=self.relative)
         return Scores(values=values, method=self.spec())

@@ -19,7 +19,7 @@ from graphprune.flow import unavoidable_nodes
 from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
-from graphprune.scores import Scores, along, sum_over_places
+from graphprune.scores import Scores, along, divisors, sum_over_places
 from tests.models import tiny_inception, tiny_mobile, tiny_residual, tiny_transformer
 from tests.strategies import randomize
 
@@ -151,6 +151,17 @@ class Beside(nn.Module):
         return logits
 
 
+class BesideDigits(Beside):
+    """The same for images of digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
 def test_magnitude_compares_layers_beside_a_shortcut_as_they_are() -> None:
     program = gp.capture(Beside().eval(), torch.randn(2, 6))
     groups = analyze(program)
@@ -186,15 +197,23 @@ def test_magnitude_takes_rows_where_no_layer_reads() -> None:
     assert (scores > 0).all()
 
 
-@pytest.mark.parametrize("make", [tiny_residual, tiny_inception, tiny_mobile, tiny_transformer])
-def test_magnitude_is_the_same_in_both_dialects(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        (name, make)
+        for name in ("magnitude", "geometric-median", "bn-scale")
+        for make in (tiny_residual, tiny_inception, tiny_mobile, tiny_transformer)
+        if (name, make) != ("bn-scale", tiny_transformer)  # it has no batch norms
+    ],
+)
+def test_both_dialects_score_the_same(name: str, make: Callable[[], nn.Module]) -> None:
     model, images = make().eval(), torch.randn(2, 3, 16, 16)
     traced, exported = gp.capture(model, images), torch.export.export(model, (images,))
     assert traced.dialect == "fx"
     rows: dict[str, np.ndarray] = {}
     others: dict[str, np.ndarray] = {}
     for found, program in ((rows, traced), (others, gp.capture(exported, images))):
-        groups, scores = analyze(program), score("magnitude", program)
+        groups, scores = analyze(program), score(name, program)
         found |= {str(p): scores.values[groups.channels_of(p)] for p in groups.places}
     shared = rows.keys() & others.keys()
     assert len(shared) > 5
@@ -203,17 +222,19 @@ def test_magnitude_is_the_same_in_both_dialects(make: Callable[[], nn.Module]) -
 
 
 def test_batch_norm_scale_is_the_scale(program: Program, groups: DependencyGroups) -> None:
-    scores = score("bn-scale", program)
+    scores = score("bn-scale{relative=false}", program)
     scale = program.module.get_parameter("bn1.weight").abs().detach().numpy()
     assert np.allclose(at(scores, groups, "conv1.weight"), scale, rtol=1e-6)
     assert at(scores, groups, "fc.weight").min() > 1e5
+    shares = at(score("bn-scale", program), groups, "conv1.weight")
+    assert np.allclose(shares, scale / scale.sum(), rtol=1e-6)
 
 
 def test_batch_norm_scale_reads_the_export_dialect(program: Program) -> None:
     model = Digits()
     randomize(model)
     exported = gp.capture(torch.export.export(model.eval(), (torch.randn(2, 1, 8, 8),)))
-    scores = score("bn-scale", exported)
+    scores = score("bn-scale{relative=false}", exported)
     scale = model.bn2.weight.abs().detach().numpy()
     assert np.allclose(at(scores, analyze(exported), "conv2.weight"), scale, rtol=1e-6)
 
@@ -229,7 +250,7 @@ def test_batch_norm_scale_needs_batch_norms() -> None:
 def test_activation_is_the_mean_of_what_consumers_read(
     program: Program, groups: DependencyGroups, data: DataSource
 ) -> None:
-    scores = score("activation", program, data)
+    scores = score("activation{relative=false}", program, data)
     loader = data.train(64, seed=0, limit=512)
     means = []
     with torch.inference_mode():
@@ -239,6 +260,8 @@ def test_activation_is_the_mean_of_what_consumers_read(
             means.append(y.abs().mean((0, 2, 3)))
     expected = torch.stack(means).double().mean(0).numpy()
     assert np.allclose(at(scores, groups, "conv1.weight"), expected, rtol=1e-4)
+    shares = at(score("activation", program, data), groups, "conv1.weight")
+    assert np.allclose(shares, expected / expected.sum(), rtol=1e-4)
 
 
 def test_dead_channel_scores_nothing(
@@ -329,7 +352,7 @@ def test_sum_over_places_adds_up(program: Program, groups: DependencyGroups) -> 
 def test_wanda_weighs_columns_with_what_they_read(
     program: Program, groups: DependencyGroups, data: DataSource
 ) -> None:
-    scores = score("wanda{num_samples=128}", program, data)
+    scores = score("wanda{num_samples=128 relative=false}", program, data)
     modules = dict(program.module.named_modules())
     images = torch.cat([inputs for inputs, _ in data.train(64, seed=0, limit=128)])
     with torch.inference_mode():
@@ -339,6 +362,8 @@ def test_wanda_weighs_columns_with_what_they_read(
     weight = program.module.get_parameter("conv2.weight").detach().double()
     expected = (weight.abs().sum(0).flatten(1) * rms).sum(1)
     assert np.allclose(at(scores, groups, "conv1.weight"), expected.numpy(), rtol=1e-4)
+    shares = at(score("wanda{num_samples=128}", program, data), groups, "conv1.weight")
+    assert np.allclose(shares, (expected / expected.sum()).numpy(), rtol=1e-4)
 
 
 def test_fisher_squares_before_it_averages(
@@ -375,7 +400,30 @@ def test_the_filter_in_the_middle_goes_first() -> None:
             first.weight[row] = value
     model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 2, 1))
     program = gp.capture(model.eval(), torch.randn(1, 1, 8, 8))
-    values = at(score("geometric-median", program), analyze(program), "0.weight")
+    groups = analyze(program)
+    values = at(score("geometric-median{relative=false}", program), groups, "0.weight")
     distances = [3 * sum(abs(a - b) for b in (-2.0, 0.1, 1.0, 4.0)) for a in (-2.0, 0.1, 1.0, 4.0)]
     assert np.allclose(values, distances, rtol=1e-6)
     assert int(np.argmin(values)) in (1, 2)
+    shares = at(score("geometric-median", program), groups, "0.weight")
+    assert np.allclose(shares, np.array(distances) / sum(distances), rtol=1e-6)
+
+
+def test_layers_compare_by_shares_or_by_the_mean_of_their_kind() -> None:
+    sums = {"stem": 10.0, "inner": 1.0, "outer": 3.0, "dead": 0.0}
+    found = divisors(sums, {"stem", "dead"})
+    assert found == {"stem": 10.0, "inner": 2.0, "outer": 2.0, "dead": pytest.approx(0.0)}
+    assert found["dead"] > 0
+    assert divisors({"inner": 0.0}, ())["inner"] > 0
+
+
+@pytest.mark.parametrize("name", ["wanda", "activation"])
+def test_what_reads_beside_a_shortcut_is_compared_as_it_is(name: str) -> None:
+    program = gp.capture(BesideDigits().eval(), torch.randn(2, 1, 8, 8))
+    groups, data = analyze(program), load_data("digits")
+    plain = at(score(f"{name}{{relative=false}}", program, data), groups, "inner.weight")
+    found = at(score(name, program, data), groups, "inner.weight")
+    assert np.allclose(found / found.sum(), plain / plain.sum(), rtol=1e-4)
+    # Two layers are of this kind, `inner` and `outer`; the channels of `inner` are what `outer` reads.
+    stem = at(score(name, program, data), groups, "stem.weight").sum() - 1  # what `head` reads is 1
+    assert np.allclose((stem + found.sum()) / 2, 1, rtol=1e-4)
