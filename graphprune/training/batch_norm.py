@@ -76,13 +76,12 @@ def batch_norm(
     Shapes:
         x: [batch, channels, height, width].
     """
-    few = _FEW_CHANNELS if torch.get_num_threads() == 1 else _FEW_CHANNELS_OF_THREADS
     is_for_us = (
         not torch.compiler.is_compiling()  # a compiler writes its own
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dim() == 4
-        and x.shape[1] < few
+        and x.shape[1] < _few_channels()
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
         and _pixels(x) > 1
@@ -96,6 +95,11 @@ def batch_norm(
     _update(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
     normalised: Tensor = out
     return normalised
+
+
+def _few_channels() -> int:
+    # Not to be asked for by a compiler, whose graph would end there.
+    return _FEW_CHANNELS if torch.get_num_threads() == 1 else _FEW_CHANNELS_OF_THREADS
 
 
 class _Wide(torch.autograd.Function):

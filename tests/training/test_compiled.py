@@ -5,13 +5,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
+import graphprune as gp
+from graphprune.gates.insertion import insert_gates
+from graphprune.groups import analyze
+from graphprune.scores import Scores
 from graphprune.training import Hook, Moment, Recipe, Trainer
 from graphprune.training.compiled import MANY_STEPS, Compiled, compiled
+from graphprune.training.forms import training_form
+from tests.models import tiny_residual
 from tests.training.networks import data, program
 
 CPU = torch.device("cpu")
@@ -62,6 +69,28 @@ def test_what_cannot_be_compiled_runs_as_it_is(
     with inductor_config.patch({"cpp.cxx": (None, "/bin/false")}):
         assert torch.equal(plain(images()), fast(images()))
     assert fast.run is module
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_step_is_one_graph(gated: bool, exported: bool, precision: torch.dtype) -> None:
+    model, example = tiny_residual(), torch.randn(4, 3, 16, 16)
+    source = gp.capture(
+        torch.export.export(model.eval(), (example,)) if exported else model, example
+    )
+    groups = analyze(source)
+    if gated:
+        scores = Scores(values=np.ones(groups.num_channels), method="ones")
+        source = insert_gates(source, groups, scores).program
+    form = training_form(source).to(memory_format=torch.channels_last)
+    torch.compiler.reset()
+    # An operator that cannot be traced ends a graph; with fullgraph it raises.
+    whole = torch.compile(form, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        outputs = whole(example.to(memory_format=torch.channels_last))
+    outputs.float().square().sum().backward()
+    assert all(p.grad is not None for p in form.parameters())
 
 
 def test_short_runs_are_not_compiled() -> None:
