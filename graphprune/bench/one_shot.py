@@ -28,7 +28,7 @@ from graphprune.program import Program
 from graphprune.textform import format_pass
 from graphprune.zoo.peer import is_fused_attention
 
-__all__ = ["PEERS", "Row", "Start", "methods", "run_row", "to_markdown"]
+__all__ = ["OBS", "PEERS", "Row", "Start", "methods", "row_name", "run_row", "to_markdown"]
 
 OBS = "obs"
 """The one row of ours that chooses by itself, on as many images as it is given."""
@@ -100,7 +100,7 @@ def run_row(start: Start, method: str, target: float, samples: int, *, seed: int
     Raises:
         UsageError: There is no such row, or Torch-Pruning is not installed.
     """
-    name = _name(method)
+    name = row_name(method)
     if name not in methods():
         raise UsageError(f"expected one of {', '.join(methods())}, found {method!r}")
     started = time.perf_counter()
@@ -129,7 +129,7 @@ def _is_peer(name: str) -> bool:
     return name.removesuffix(UNIFORM) in PEERS
 
 
-def _name(method: str) -> str:
+def row_name(method: str) -> str:
     """Return a row's name without options."""
     return method if _is_peer(method) else method.partition("{")[0]
 
@@ -271,7 +271,7 @@ def to_markdown(rows: Sequence[Row], *, dense: float) -> str:
     head = ["method", "images", *(f"{t:g} of MACs" for t in targets), "seconds, each"]
     lines = [" | ".join(head), "|".join(["---", "--:", *["--:"] * len(targets), "--:"])]
     order = methods()
-    for method in sorted({r.method for r in rows}, key=lambda m: (order.index(_name(m)), m)):
+    for method in sorted({r.method for r in rows}, key=lambda m: (order.index(row_name(m)), m)):
         for samples in sorted({r.samples for r in rows if r.method == method}):
             mine = {r.target: r for r in rows if r.method == method and r.samples == samples}
             cells = [_cell(mine[t]) if t in mine else "" for t in targets]

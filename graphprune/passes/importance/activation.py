@@ -26,7 +26,7 @@ class MeanActivation(Pass):
     """Score a channel by its mean absolute activation, summed over the operators that read it.
 
     Source: Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section
-    2.2.
+    2.2; shares (`relative`) are our own (docs/experiments.md, 9).
     """
 
     name: ClassVar[str] = "activation"
@@ -56,11 +56,7 @@ class MeanActivation(Pass):
             for inputs, _ in loader:
                 recorder.run(inputs.to(context.device))
                 task.advance()
-        sums = recorder.sums
-        read = {
-            reader: [sums[name] for name in sources if name in sums]
-            for reader, sources in recorder.readers.items()
-        }
+        read = recorder.by_reader()
         totals = {n: float(sum(part.sum() for _, part in parts)) for n, parts in read.items()}
         by = dict.fromkeys(read, float(max(1, len(loader))))
         if self.relative:
@@ -70,6 +66,10 @@ class MeanActivation(Pass):
             for channels, part in parts:
                 np.add.at(values, channels, part / by[reader])
         return Scores(values=values, method=self.spec())
+
+
+_Part = tuple[NDArray[np.intp], NDArray[np.float64]]
+"""Coupled channels, and a number for each of them."""
 
 
 class _Recorder(fx.Interpreter):
@@ -85,9 +85,16 @@ class _Recorder(fx.Interpreter):
             if n.name in consumers
         }
         """Consumer -> nodes whose outputs it reads."""
-        self.sums: dict[str, tuple[NDArray[np.intp], NDArray[np.float64]]] = {}
+        self.sums: dict[str, _Part] = {}
         """Such a node -> its coupled channels, and for each the sum of means over batches."""
         self.read = {name for sources in self.readers.values() for name in sources}
+
+    def by_reader(self) -> dict[str, list[_Part]]:
+        """Return, for each consumer, what was added up of every tensor that it reads."""
+        return {
+            reader: [self.sums[name] for name in sources if name in self.sums]
+            for reader, sources in self.readers.items()
+        }
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
@@ -99,9 +106,7 @@ class _Recorder(fx.Interpreter):
                 self.sums[n.name] = channels, before + means
         return result
 
-    def _means(
-        self, info: TensorInfo, magnitude: Tensor
-    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    def _means(self, info: TensorInfo, magnitude: Tensor) -> _Part:
         """Return the coupled channels of all fields, and the mean of each of them."""
         channels, means = [], []
         for field in info.fields:

@@ -26,7 +26,8 @@ class BatchNormScale(Pass):
 
     Channels without a batch norm score infinitely high among those with one: they are not removed.
 
-    Source: Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming", section 3.
+    Source: Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming", section 3; shares
+    (`relative`) are our own (docs/experiments.md, 9).
     """
 
     name: ClassVar[str] = "bn-scale"

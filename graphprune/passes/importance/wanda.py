@@ -30,7 +30,7 @@ class Wanda(Pass):
     Channels that no linear or convolution layer sums over score nothing by themselves. Labels are not looked at.
 
     Source: Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models", equation 1; the sum
-    over a channel's weights is our reconstruction.
+    over a channel's weights is our reconstruction, and shares (`relative`) are our own (docs/experiments.md, 9).
     """
 
     name: ClassVar[str] = "wanda"
