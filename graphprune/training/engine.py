@@ -9,6 +9,7 @@ weights as one that was never interrupted, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence, Sized
@@ -40,6 +41,7 @@ from graphprune.training.optim import build_optimizer, build_schedule
 from graphprune.training.placement import Placement
 from graphprune.training.processes import accelerated, resolve_precision
 from graphprune.training.recipe import Hook, Moment, Recipe
+from graphprune.training.running_statistics import RunningStatistics
 from graphprune.training.task import Task, classification
 from graphprune.training.words import Words
 
@@ -50,6 +52,9 @@ __all__ = ["Outcome", "Trainer"]
 
 EVALUATION_BATCH = 256
 """Samples at a time where the metric is measured."""
+
+STATISTICS_SAMPLES = 2048
+"""How many samples, at least, the batch norms of averaged weights see."""
 
 AGREE_STEPS = 100
 """With several processes, how often the first one says whether a checkpoint is due."""
@@ -281,11 +286,12 @@ class _Run:
             self.save()
         if self.average is not None:
             self.average.write()
+            self.settle_norms()
 
     def train(self, batch: Any) -> None:
         """Do one step."""
         inputs, target = self.placement.place(batch)
-        blend = self._blend()
+        blend = self._blend(self.epoch, self.step)
         if blend is not None:
             inputs = blend.inputs(inputs)
         with self.accelerator.autocast():
@@ -314,10 +320,10 @@ class _Run:
             metric = self.task.metric(pytree.tree_map(_detached, outputs), target)
             self.sums += torch.stack([objective.detach().double(), metric.double()])
 
-    def _blend(self) -> Blend | None:
+    def _blend(self, epoch: int, step: int) -> Blend | None:
         if not self.recipe.mixup:
             return None
-        return Blend.draw(self.recipe.mixup, self.trainer.seed, self.epoch, self.step)
+        return Blend.draw(self.recipe.mixup, self.trainer.seed, epoch, step)
 
     def _with_teacher(
         self, teacher: Teacher, inputs: tuple[Any, ...], outputs: Any, loss: torch.Tensor
@@ -341,6 +347,8 @@ class _Run:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
         with self.average.in_place() if self.average is not None else contextlib.nullcontext():
+            if self.average is not None:
+                self.settle_norms()
             test_loss, test_metric = self.evaluate()
         line |= {"test_loss": test_loss, f"test_{self.task.metric_name}": test_metric}
         self.schedule.after_epoch(loss)
@@ -356,10 +364,31 @@ class _Run:
             self.events.write(line)
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Return the loss and the metric on the test set, as means over all samples of all processes."""
+    def settle_norms(self) -> None:
+        """Give the batch norms the statistics of the averaged weights, which are no average of statistics."""
+        self._put_in_evaluation()
+        statistics = RunningStatistics(
+            self.program.module, synchronised=self.accelerator.num_processes > 1
+        )
+        if not statistics:
+            return
+        count = min(len(self.batches), -(-STATISTICS_SAMPLES // self.batches.batch_size))
+        for step, batch in enumerate(itertools.islice(self.batches.epoch(0), count)):
+            inputs, _ = self.placement.place(batch)
+            if (blend := self._blend(0, step)) is not None:
+                inputs = blend.inputs(inputs)
+            with self.accelerator.autocast():
+                statistics.look(*inputs)
+        statistics.write()
+
+    def _put_in_evaluation(self) -> None:
         for child in self.program.module.modules():
             child.training = False
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Return the loss and the metric on the test set, as means over all samples of all processes."""
+        self._put_in_evaluation()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         loader = self._test_loader()
         with self.trainer.progress.task("evaluate", len(loader)) as task:

@@ -27,7 +27,7 @@ from graphprune.training.batch_norm import (
     synchronised_batch_norm,
 )
 
-__all__ = ["training_form"]
+__all__ = ["BATCH_NORMS", "training_form"]
 
 _aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ _SWITCHES: dict[Any, tuple[str, int]] = {
 }
 """Function -> name and position of the argument that says whether it trains."""
 
-_BATCH_NORMS: dict[Any, tuple[str, ...]] = {
+BATCH_NORMS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: (
         *("input", "running_mean", "running_var", "weight", "bias"),
         *("training", "momentum", "eps"),
@@ -67,7 +67,7 @@ _BATCH_NORMS: dict[Any, tuple[str, ...]] = {
         *("momentum", "eps"),
     ),
 }
-"""Function -> the names of its arguments."""
+"""Function of batch norm -> the names of its arguments; one that says nothing of training has three results."""
 
 
 def training_form(program: Program, *, synchronised: bool = False) -> fx.GraphModule:
@@ -89,7 +89,7 @@ def training_form(program: Program, *, synchronised: bool = False) -> fx.GraphMo
     form = fx.GraphModule(source, graph, class_name=type(source).__name__)
     normalise = synchronised_batch_norm if synchronised else batch_norm
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _BATCH_NORMS:
+        if node.op == "call_function" and node.target in BATCH_NORMS:
             _switch_batch_norm(node, normalise)
         elif node.op == "call_function":
             _switch(node)
@@ -116,7 +116,7 @@ def _switch(node: fx.Node) -> None:
 
 def _switch_batch_norm(node: fx.Node, normalise: Callable[..., Tensor]) -> None:
     target: Any = node.target
-    names = _BATCH_NORMS[target]
+    names = BATCH_NORMS[target]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if given.get("running_mean") is None:
         return  # it takes the batch's own statistics as it is

@@ -44,7 +44,7 @@ class Recipe:
     features: float = 0.0
     """Weight of the distance from where the teacher attends to, stage by stage."""
     average: float = 0.0
-    """Decay of a moving average of the weights, which takes their place at the end; 0: no average."""
+    """Decay of a moving average of the weights, which takes their place; norms are settled on it. 0: no average."""
     augment: Augment = "auto"
     """How training images are varied; auto: crop-flip for small colour images, else none."""
     mixup: float = 0.0

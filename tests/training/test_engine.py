@@ -160,6 +160,40 @@ def test_the_average_of_weights_takes_their_place() -> None:
     assert smooth.last["test_accuracy"] == pytest.approx(accuracy)
 
 
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_batch_norms_have_the_statistics_of_the_averaged_weights(
+    dialect: Dialect, mixup: float
+) -> None:
+    averaged = program(dialect, dropout=0.0)
+    options: dict[str, Any] = {"batch_size": 32, "lr": 0.1, "precision": "float32"}
+    fit(averaged, Recipe(epochs=3, average=0.9, mixup=mixup, **options))
+    # Training again with a rate of next to nothing shows the same batches in the same order.
+    probe = program(dialect, dropout=0.0)
+    with torch.no_grad():
+        for (_, to), (_, value) in zip(
+            probe.named_tensors(), averaged.named_tensors(), strict=True
+        ):
+            to.copy_(value)
+        means = [t for name, t in probe.named_tensors() if name.endswith("running_mean")]
+        assert means
+        settled = [mean.clone() for mean in means]
+        for mean in means:
+            mean.zero_()
+    seen: list[list[torch.Tensor]] = []
+
+    class Watch(Hook):
+        def after_step(self, moment: Moment) -> None:
+            # running <- 0.9 * running + 0.1 * batch, from 0 on
+            seen.append([mean.clone() / 0.1 for mean in means])
+            for mean in means:
+                mean.zero_()
+
+    fit(probe, Recipe(epochs=1, mixup=mixup, **{**options, "lr": 1e-12}), hooks=[Watch()])
+    for mean, *batches in zip(settled, *seen, strict=True):
+        torch.testing.assert_close(mean, torch.stack(batches).mean(0), rtol=1e-4, atol=1e-5)
+
+
 class Penalty(Hook):
     """Pulls the linear layer to zero, slowly trains the first convolution, and counts."""
 

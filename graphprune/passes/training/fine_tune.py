@@ -61,7 +61,7 @@ class FineTune(Pass):
     features: float = 0.0
     """Weight of the distance from where the dense program attends to, stage by stage; 0: not compared."""
     average: float = 0.0
-    """Decay of a moving average of the weights, which takes their place at the end; 0: no average."""
+    """Decay of a moving average of the weights, which takes their place; norms are settled on it. 0: no average."""
     clip: float = 0.0
     """Largest norm of all gradients together; 0: no limit."""
     augment: Augment = "auto"
