@@ -370,7 +370,7 @@ class _Run:
         statistics = RunningStatistics(
             self.program.module, synchronised=self.accelerator.num_processes > 1
         )
-        if not statistics:
+        if not statistics.has_batch_norms:
             return
         count = min(len(self.batches), -(-STATISTICS_SAMPLES // self.batches.batch_size))
         for step, batch in enumerate(itertools.islice(self.batches.epoch(0), count)):

@@ -41,8 +41,9 @@ class RunningStatistics:
         self._sites = _sites(module)
         self._run = _Run(module, self._sites, synchronised=synchronised)
 
-    def __bool__(self) -> bool:
-        """Return whether there is a batch norm with running statistics."""
+    @property
+    def has_batch_norms(self) -> bool:
+        """Whether there is a batch norm with running statistics."""
         return bool(self._sites)
 
     def __len__(self) -> int:

@@ -38,7 +38,7 @@ class ReestimateBatchNorm(Pass):
         home = next((t.device for _, t in clone.named_tensors()), torch.device("cpu"))
         clone.module.to(context.device)
         statistics = RunningStatistics(clone.module)
-        if not statistics:
+        if not statistics.has_batch_norms:
             return TrainingResult(program=program, modified=False, metrics={"batch_norms": 0.0})
         if context.data is None:
             raise DataError(f"{self.name} expected training data, found none; give data= or --data")
