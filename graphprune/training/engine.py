@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -54,7 +54,7 @@ EVALUATION_BATCH = 256
 """Samples at a time where the metric is measured."""
 
 STATISTICS_SAMPLES = 2048
-"""How many samples, at least, the batch norms of averaged weights see."""
+"""Training samples that the batch norms of averaged weights see, in whole batches; fewer where there are fewer."""
 
 AGREE_STEPS = 100
 """With several processes, how often the first one says whether a checkpoint is due."""
@@ -346,9 +346,7 @@ class _Run:
             f"train_{self.task.metric_name}": train_metric,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
-        with self.average.in_place() if self.average is not None else contextlib.nullcontext():
-            if self.average is not None:
-                self.settle_norms()
+        with self.averaged():
             test_loss, test_metric = self.evaluate()
         line |= {"test_loss": test_loss, f"test_{self.task.metric_name}": test_metric}
         self.schedule.after_epoch(loss)
@@ -362,6 +360,16 @@ class _Run:
         self.sums.zero_()
         if self.events is not None:
             self.events.write(line)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights in place, if there are any; the present ones come back when the context ends."""
+        if self.average is None:
+            yield
+            return
+        with self.average.in_place():
+            self.settle_norms()
+            yield
 
     @torch.no_grad()
     def settle_norms(self) -> None:
