@@ -170,8 +170,8 @@ def _step(
         with setting.autocast():
             logits = flat_outputs(form(*inputs))[0]
         loss = F.cross_entropy(logits.float(), labels)
-        if hook is not None:
-            loss = loss + hook.extra_loss(moment)
+        if hook is not None and (extra := hook.extra_loss(moment)) is not None:
+            loss = loss + extra
         loss.backward()
         if hook is not None:
             hook.after_backward(moment)

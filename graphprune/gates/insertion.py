@@ -61,6 +61,8 @@ class Gated:
 
     program: Program
     """Holds copies of the parameters under the names that they had."""
+    original: Program
+    """What gates were inserted into; it stays as it is."""
     gates: Gates
     groups: DependencyGroups
     """The analysis that came in, with the channels that cannot be gated pinned."""
@@ -105,7 +107,14 @@ def insert_gates(
     mine = np.zeros(groups.num_channels, np.bool_)
     mine[units.channels] = True
     _Inserter(module).insert([s for s in sites if mine[s.index].any()])
-    return Gated(program=program.evolve(module), gates=gates, groups=groups, units=units, kept=kept)
+    return Gated(
+        program=program.evolve(module),
+        original=program,
+        gates=gates,
+        groups=groups,
+        units=units,
+        kept=kept,
+    )
 
 
 def _start(units: Units) -> np.ndarray:

@@ -10,7 +10,8 @@ Gates are moved by Adam, which divides by the root of the mean squared gradient 
 the task depends on moves slowly.
 
 For the last part of the training the gates stand still: `graphprune.budget.choose` makes the choice, with the gates as
-scores, exactly at the target; what is trained from then on is the network that will be left.
+scores, exactly at the target. What is trained from then on is the network that will be left: it is cut at once, and the
+optimizer goes on with its part of the state.
 
 Source: Kim et al. 2019, "Plug-in, Trainable Gate for Streamlining Arbitrary Neural Networks", section 3: the loss of
 the task plus lambda ||rho - c(gates)||^2. A pressure that follows the distance, in place of a fixed lambda, is our own.
@@ -28,9 +29,11 @@ from torch import Tensor, nn
 
 from graphprune.budget import Choice, Target, choose
 from graphprune.cost import Cost, Keep
+from graphprune.cut import cut_program
 from graphprune.gates.function import LIMIT, GateCost, Gates
 from graphprune.gates.insertion import Gated
-from graphprune.training import Hook, Moment
+from graphprune.plan import Plan
+from graphprune.training import Hook, Moment, Smaller
 from graphprune.units import Granularity
 
 __all__ = ["Axes", "Budget", "GateHook"]
@@ -128,6 +131,7 @@ class GateHook(Hook):
         self.integral = torch.zeros_like(self.budget.limits)
         self.steps = 0
         self.choice: Choice | None = None
+        self.is_cut = False
         self.own_cost = gated.groups.cost.total()
         self.now = self.own_cost
         self._choose()
@@ -143,11 +147,12 @@ class GateHook(Hook):
             setattr(self, name, getattr(self, name).to(device))
         self._freeze_when_due(moment)
 
-    def extra_loss(self, moment: Moment) -> Tensor:
+    def extra_loss(self, moment: Moment) -> Tensor | None:
         """Return the budget term, and note its own gradient."""
         weight = self.gates.weight
         if self.gates.is_frozen:
-            return 0.0 * weight.sum()  # several processes expect a gradient of every parameter
+            # Until the cut, several processes expect a gradient of every parameter.
+            return None if self.is_cut else 0.0 * weight.sum()
         free = self._free_steps(moment)
         usage = self.budget(self.gates())
         limits = self.budget.limits
@@ -189,6 +194,18 @@ class GateHook(Hook):
         """Freeze the gates when their time is over."""
         self._freeze_when_due(moment)
 
+    def surgery(self, moment: Moment) -> Smaller | None:
+        """Cut off what the frozen gates shut."""
+        if self.choice is None or self.is_cut:
+            return None
+        self.is_cut = True
+        program, keep = self.gated.original.clone(), self.choice.keep
+        self.gated.to_original(program)
+        plan = Plan.of(program, self.gated.groups, keep)
+        return Smaller(
+            program=cut_program(program, self.gated.groups, keep).program, slices=plan.slices
+        )
+
     def after_epoch(self, moment: Moment) -> Mapping[str, float]:
         """Return what is open."""
         self.now = self._cost(self._keep())
@@ -204,8 +221,10 @@ class GateHook(Hook):
         return self.now.macs
 
     def state(self) -> dict[str, Any]:
-        """Return what moves the gates; the gates themselves are parameters."""
+        """Return the gates, which are no part of the program once it is cut, and what moves them."""
         return {
+            "weight": self.gates.weight.detach(),
+            "keep": self.gates.keep,
             "moments": self.moments,
             "task_square": self.task_square,
             "integral": self.integral,
@@ -220,6 +239,9 @@ class GateHook(Hook):
         for name in ("moments", "task_square", "integral"):
             setattr(self, name, state[name].clone())
         self.steps = state["steps"]
+        with torch.no_grad():
+            self.gates.weight.copy_(state["weight"])
+            self.gates.keep.copy_(state["keep"])
         self.gates.is_frozen = state["is_frozen"]
         self.own_cost, self.now = Cost(*state["own_cost"]), Cost(*state["now"])
         if self.gates.is_frozen:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from graphprune.training.engine import Outcome, Trainer
-from graphprune.training.recipe import Hook, Moment, Recipe
-from graphprune.training.state_surgery import carry_optimizer, slice_tensors
+from graphprune.training.recipe import Hook, Moment, Recipe, Smaller
+from graphprune.training.state_surgery import carry_optimizer, slice_tensors, write_slices
 from graphprune.training.task import Task, classification, load_task
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "Moment",
     "Outcome",
     "Recipe",
+    "Smaller",
     "Task",
     "Trainer",
     "carry_optimizer",
     "classification",
     "load_task",
     "slice_tensors",
+    "write_slices",
 ]

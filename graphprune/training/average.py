@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from graphprune.plan import Slices
+from graphprune.training.state_surgery import slice_tensors
 
 __all__ = ["WeightAverage"]
 
@@ -59,3 +63,20 @@ class WeightAverage:
         """Write the averages into the tensors for good."""
         for name, tensor in self.tensors.items():
             tensor.copy_(self.values[name])
+
+    def carried(self, tensors: Mapping[str, Tensor], slices: Slices) -> WeightAverage:
+        """Return the average to go on with after a surgery that kept `slices`, and left `tensors`."""
+        average = WeightAverage({n: tensors[n] for n in self.tensors if n in tensors}, self.decay)
+        average.load_state({"values": slice_tensors(self.values, slices), "steps": self.steps})
+        return average
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"values": self.values, "steps": self.steps}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` returned."""
+        for name, value in self.values.items():
+            value.copy_(state["values"][name])
+        self.steps = state["steps"]

@@ -12,36 +12,31 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Subset
 
-from graphprune.data import DataSource, TensorImages, innermost
-from graphprune.errors import DataError, TrainingError, UsageError
+from graphprune.data import DataSource
+from graphprune.errors import TrainingError
 from graphprune.plan import fingerprint
 from graphprune.program import Program
 from graphprune.progress import Progress, SilentProgress
 from graphprune.training import randomness
-from graphprune.training.average import WeightAverage
 from graphprune.training.batches import Batches
 from graphprune.training.checkpoint import Checkpoint
-from graphprune.training.compiled import compiled
-from graphprune.training.distill import Teacher
-from graphprune.training.features import insert_taps, stages
-from graphprune.training.forms import training_form
+from graphprune.training.evaluation import evaluate, settle_norms
 from graphprune.training.metrics import EVENTS, EventWriter
 from graphprune.training.mixup import Blend
 from graphprune.training.optim import build_optimizer, build_schedule
-from graphprune.training.placement import Placement
 from graphprune.training.processes import accelerated, resolve_precision
 from graphprune.training.recipe import Hook, Moment, Recipe
-from graphprune.training.running_statistics import RunningStatistics
+from graphprune.training.state_surgery import carry_optimizer
+from graphprune.training.student import Student, lay_down
 from graphprune.training.task import Task, classification
 from graphprune.training.words import Words
 
@@ -49,9 +44,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["Outcome", "Trainer"]
-
-EVALUATION_BATCH = 256
-"""Samples at a time where the metric is measured."""
 
 STATISTICS_SAMPLES = 2048
 """Training samples that the batch norms of averaged weights see, in whole batches; fewer where there are fewer."""
@@ -62,8 +54,10 @@ AGREE_STEPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a training measured."""
+    """What a training came to."""
 
+    program: Program
+    """The trained program: the one that was given, or what surgery has made of it."""
     history: tuple[Mapping[str, Any], ...]
     """The metrics of every epoch, as in metrics.jsonl."""
     metric_name: str
@@ -80,7 +74,7 @@ class Trainer:
     """Trains the parameters of a program in place; the graph stays as it is."""
 
     program: Program
-    """What is trained; the caller's own clone."""
+    """What is trained; the caller's own clone. A hook may go on with a smaller one."""
     recipe: Recipe
     """How."""
     data: DataSource
@@ -129,13 +123,14 @@ class Trainer:
             try:
                 with _Run(self, accelerator) as run:
                     run.go()
-                return Outcome(history=tuple(run.history), metric_name=self.task.metric_name)
+                lay_down(run.student.program, home)
+                return Outcome(
+                    program=run.student.program,
+                    history=tuple(run.history),
+                    metric_name=self.task.metric_name,
+                )
             finally:
-                for child in module.modules():
-                    child.training = False
-                for parameter in module.parameters():
-                    parameter.grad = None
-                module.to(home).to(memory_format=torch.contiguous_format)
+                lay_down(self.program, home)
 
 
 class _Run:
@@ -145,18 +140,26 @@ class _Run:
         self.trainer = trainer
         self.accelerator = accelerator
         self.recipe = trainer.recipe
-        self.program = trainer.program
         self.task = trainer.task
         self.device: torch.device = accelerator.device
         self.is_main: bool = accelerator.is_main_process
-        self.weights = _absolute_sums(self.program)
+        self.weights = _absolute_sums(trainer.program)
         self.batches = self._batches()
-        self.placement = Placement(self.program, self.task, self.device)
-        self.placement.must_take(
+        self.epoch = self.step = 0
+        self.operated: int | None = None
+        """The step before which the last surgery was; None: there was none."""
+        self.student = Student(
+            trainer.program,
+            self.recipe,
+            self.task,
+            accelerator,
+            dense=trainer.teacher,
+            steps=self._all_steps(),
+        )
+        self.student.placement.must_take(
             self.batches.batch_size // accelerator.num_processes, accelerator.num_processes
         )
         self._prepare()
-        self.epoch = self.step = 0
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -192,16 +195,9 @@ class _Run:
         )
 
     def _prepare(self) -> None:
-        module = self.program.module
-        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        if not trained:
-            raise UsageError(
-                "expected parameters to train, found none that require gradients; call requires_grad_() on the model"
-            )
-        several = self.accelerator.num_processes > 1
         optimizer = build_optimizer(
             self.recipe.optimizer,
-            trained,
+            self.student.parameters.items(),
             lr=self.recipe.lr,
             weight_decay=self.recipe.weight_decay,
             options_of=self._options_of,
@@ -212,38 +208,10 @@ class _Run:
             epochs=self.recipe.epochs,
             steps_per_epoch=len(self.batches),
         )
-        self.trained = [p for _, p in trained]
-        form = training_form(self.program, synchronised=several)
-        self.teacher = self._teacher()
-        self.taps = insert_taps(form, self.teacher.stages if self.teacher is not None else {})
-        steps = 0 if several or self.taps else self.recipe.epochs * len(self.batches)
-        model = compiled(form, device=self.device, steps=steps)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.average = (
-            WeightAverage(dict(self.program.named_tensors()), self.recipe.average)
-            if self.recipe.average
-            else None
-        )
+        self.optimizer = self.accelerator.prepare(optimizer)
 
-    def _teacher(self) -> Teacher | None:
-        if not self.recipe.distill and not self.recipe.features:
-            return None
-        dense = self.trainer.teacher
-        if dense is None:
-            raise UsageError(
-                "distill= and features= need a teacher, found none; or leave them at 0"
-            )
-        return Teacher(
-            dense,
-            self.task,
-            temperature=self.recipe.temperature,
-            mirror=self.recipe.mirror,
-            device=self.device,
-            memory_format=self.placement.memory_format,
-            compares_outputs=self.recipe.distill > 0,
-            stages=stages(self.program, dense) if self.recipe.features else {},
-            steps=self.recipe.epochs * len(self.batches),
-        )
+    def _all_steps(self) -> int:
+        return self.recipe.epochs * len(self.batches)
 
     def _options_of(self, name: str, parameter: Any) -> Mapping[str, Any] | None:
         found = [hook.parameter_options(name, parameter) for hook in self.trainer.hooks]
@@ -258,7 +226,7 @@ class _Run:
             step=self.step,
             steps_per_epoch=len(self.batches),
             epochs=self.recipe.epochs,
-            module=self.program.module,
+            module=self.student.program.module,
         )
 
     # The loop
@@ -268,7 +236,8 @@ class _Run:
         while self.epoch < self.recipe.epochs:
             for hook in self.trainer.hooks:
                 hook.before_epoch(self.moment)
-            self.model.train()
+            self.operate()
+            self.student.model.train()
             batches = self.batches.epoch(self.epoch, start=self.step)
             last = self.history[-1] if self.history else {}
             heading = self.words.epoch(self.moment, last, self._macs())
@@ -280,28 +249,35 @@ class _Run:
                         hook.after_step(self.moment)
                     task.advance()
                     self.words.step(task, self.moment, self.sums, self._macs())
-                    if self.step < len(self.batches) and self._is_due():
-                        self.save()
+                    if self.step < len(self.batches):
+                        self.operate()
+                        if self._is_due():
+                            self.save()
             self.finish_epoch()
             self.save()
-        if self.average is not None:
-            self.average.write()
+        if self.student.average is not None:
+            self.student.average.write()
             self.settle_norms()
+
+    def operate(self, operated: int | None = None) -> None:
+        """Go on with a smaller program where a hook has one, with its part of the average and of the optimizer.
+
+        Args:
+            operated: The step before which the surgery was, where a checkpoint is behind it.
+        """
+        for hook in self.trainer.hooks:
+            if (surgery := hook.surgery(self.moment)) is None:
+                continue
+            before = self.student.program.module
+            self.operated = self.moment.steps if operated is None else operated
+            self.student = self.student.smaller(surgery, steps=self._all_steps() - self.operated)
+            carry_optimizer(self.optimizer, before, surgery.program.module, surgery.slices)
+            self.student.model.train()
 
     def train(self, batch: Any) -> None:
         """Do one step."""
-        inputs, target = self.placement.place(batch)
-        blend = self._blend(self.epoch, self.step)
-        if blend is not None:
-            inputs = blend.inputs(inputs)
-        with self.accelerator.autocast():
-            outputs = self.model(*inputs)
-            loss = self.task.loss(outputs, target)
-            if blend is not None:
-                others = self.task.loss(outputs, blend.neighbours(target))
-                loss = blend.share * loss + (1.0 - blend.share) * others
-            if self.teacher is not None:
-                loss = self._with_teacher(self.teacher, inputs, outputs, loss)
+        inputs, target = self.student.placement.place(batch)
+        outputs, loss = self.student.loss(inputs, target, self._blend(self.epoch, self.step))
         objective = loss
         for hook in self.trainer.hooks:
             extra = hook.extra_loss(self.moment)
@@ -310,12 +286,12 @@ class _Run:
         for hook in self.trainer.hooks:
             hook.after_backward(self.moment)
         if self.recipe.clip:
-            self.accelerator.clip_grad_norm_(self.trained, self.recipe.clip)
+            self.accelerator.clip_grad_norm_(self.student.parameters.values(), self.recipe.clip)
         self.optimizer.step()
         self.schedule.after_step()
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update()
+        if self.student.average is not None:
+            self.student.average.update()
         with torch.no_grad():
             metric = self.task.metric(pytree.tree_map(_detached, outputs), target)
             self.sums += torch.stack([objective.detach().double(), metric.double()])
@@ -324,16 +300,6 @@ class _Run:
         if not self.recipe.mixup:
             return None
         return Blend.draw(self.recipe.mixup, self.trainer.seed, epoch, step)
-
-    def _with_teacher(
-        self, teacher: Teacher, inputs: tuple[Any, ...], outputs: Any, loss: torch.Tensor
-    ) -> torch.Tensor:
-        dense = teacher.look(inputs)
-        if share := self.recipe.distill:
-            loss = (1.0 - share) * loss + share * teacher.distance(outputs, dense)
-        if weight := self.recipe.features:
-            loss = loss + weight * teacher.feature_distance(self.taps)
-        return loss
 
     def finish_epoch(self) -> None:
         """Measure, note the metrics of the epoch, and move on to the next one."""
@@ -347,7 +313,13 @@ class _Run:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
         with self.averaged():
-            test_loss, test_metric = self.evaluate()
+            test_loss, test_metric = evaluate(
+                self.student.placement,
+                self.trainer.data.split("test"),
+                self.accelerator,
+                progress=self.trainer.progress,
+                workers=self.recipe.workers,
+            )
         line |= {"test_loss": test_loss, f"test_{self.task.metric_name}": test_metric}
         self.schedule.after_epoch(loss)
         self.epoch, self.step = self.epoch + 1, 0
@@ -364,75 +336,28 @@ class _Run:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights in place, if there are any; the present ones come back when the context ends."""
-        if self.average is None:
+        if self.student.average is None:
             yield
             return
-        with self.average.in_place():
+        with self.student.average.in_place():
             self.settle_norms()
             yield
 
-    @torch.no_grad()
     def settle_norms(self) -> None:
         """Give the batch norms the statistics of the averaged weights, which are no average of statistics."""
-        self._put_in_evaluation()
-        statistics = RunningStatistics(
-            self.program.module, synchronised=self.accelerator.num_processes > 1
-        )
-        if not statistics.has_batch_norms:
-            return
+        settle_norms(self.student.placement, self._looks(), self.accelerator)
+
+    def _looks(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the inputs of the first training batches, as they were trained with."""
         count = min(len(self.batches), -(-STATISTICS_SAMPLES // self.batches.batch_size))
         for step, batch in enumerate(itertools.islice(self.batches.epoch(0), count)):
-            inputs, _ = self.placement.place(batch)
-            if (blend := self._blend(0, step)) is not None:
-                inputs = blend.inputs(inputs)
-            with self.accelerator.autocast():
-                statistics.look(*inputs)
-        statistics.write()
+            inputs, _ = self.student.placement.place(batch)
+            blend = self._blend(0, step)
+            yield inputs if blend is None else blend.inputs(inputs)
 
-    def _put_in_evaluation(self) -> None:
-        for child in self.program.module.modules():
-            child.training = False
-
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Return the loss and the metric on the test set, as means over all samples of all processes."""
-        self._put_in_evaluation()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        loader = self._test_loader()
-        with self.trainer.progress.task("evaluate", len(loader)) as task:
-            for batch in loader:
-                inputs, target = self.placement.place(batch)
-                count = len(inputs[0])
-                with self.accelerator.autocast():
-                    outputs = self.placement.evaluate(inputs)
-                    loss = self.task.loss(outputs, target)
-                metric = self.task.metric(outputs, target)
-                ones = torch.ones((), dtype=torch.float64, device=self.device)
-                sums += count * torch.stack([loss.double(), metric.double(), ones])
-                task.advance()
-        loss_sum, metric_sum, total = self._reduced(sums, mean=False).tolist()
-        if not total:
-            raise DataError("expected at least one test sample, found none")
-        return loss_sum / total, metric_sum / total
-
-    def _test_loader(self) -> DataLoader[Any]:
-        dataset = self.trainer.data.split("test")
-        mine = range(
-            self.accelerator.process_index,
-            len(cast("Sized", dataset)),
-            self.accelerator.num_processes,
-        )
-        is_whole = isinstance(innermost(dataset), TensorImages)
-        return DataLoader(
-            Subset(dataset, mine),
-            self.placement.fixed_batch or EVALUATION_BATCH,
-            num_workers=self.recipe.workers,
-            collate_fn=_as_is if is_whole else self.task.collate,
-        )
-
-    def _reduced(self, sums: Tensor, *, mean: bool = True) -> Tensor:
-        """Return the mean, or the sum, over all processes."""
-        reduced: Tensor = self.accelerator.reduce(sums.clone(), "mean" if mean else "sum")
+    def _reduced(self, sums: Tensor) -> Tensor:
+        """Return the mean over all processes."""
+        reduced: Tensor = self.accelerator.reduce(sums.clone(), "mean")
         return reduced
 
     # State
@@ -445,7 +370,7 @@ class _Run:
             trainer.checkpoint,
             {
                 "run": trainer.name,
-                "program": fingerprint(self.program),
+                "program": fingerprint(trainer.program),
                 "weights": self.weights,
                 "data": trainer.data.name,
                 "seed": trainer.seed,
@@ -473,13 +398,11 @@ class _Run:
                 {
                     "epoch": self.epoch,
                     "step": self.step,
+                    "operated": self.operated,
                     "sums": sums,
                     "history": self.history,
                     "seconds": self.seconds + time.monotonic() - self.clock,
-                    "tensors": {name: t.detach() for name, t in self.program.named_tensors()},
-                    "average": None
-                    if self.average is None
-                    else {"values": self.average.values, "steps": self.average.steps},
+                    **self.student.state(),
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": self.schedule.state_dict(),
                     "hooks": [hook.state() for hook in self.trainer.hooks],
@@ -490,21 +413,17 @@ class _Run:
         self.saved = time.monotonic()
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.program.named_tensors():
-                tensor.copy_(state["tensors"][name])
-            if self.average is not None:
-                for name, value in self.average.values.items():
-                    value.copy_(state["average"]["values"][name])
-                self.average.steps = state["average"]["steps"]
         self.epoch, self.step = state["epoch"], state["step"]
+        for hook, own in zip(self.trainer.hooks, state["hooks"], strict=True):
+            hook.load_state(own)
+        if state["operated"] is not None:
+            self.operate(state["operated"])
+        self.student.load_state(state)
         self.sums.copy_(state["sums"])
         self.history = list(state["history"])
         self.seconds = state["seconds"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        for hook, own in zip(self.trainer.hooks, state["hooks"], strict=True):
-            hook.load_state(own)
         randomness.write_state(state["generators"][self.accelerator.process_index])
 
     def _is_due(self) -> bool:
@@ -541,7 +460,3 @@ def _absolute_sums(program: Program) -> Tensor:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -10,11 +10,13 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from graphprune.errors import UsageError
+from graphprune.plan import Slices
+from graphprune.program import Program
 from graphprune.training.batches import Augment
 from graphprune.training.optim import check_optim
 from graphprune.training.processes import Precision
 
-__all__ = ["Hook", "Moment", "Recipe"]
+__all__ = ["Hook", "Moment", "Recipe", "Smaller"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,16 @@ class Moment:
         return self.steps / max(1, self.epochs * self.steps_per_epoch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Smaller:
+    """What a surgery has made of the program in training."""
+
+    program: Program
+    """The program to go on with; its parameters have the names that they had."""
+    slices: Slices
+    """Parameter -> dimension -> indices that were kept, as in a plan."""
+
+
 class Hook:
     """What a training pass adds to the engine; a subclass overrides what it needs.
 
@@ -144,6 +156,14 @@ class Hook:
 
     def after_step(self, moment: Moment) -> None:
         """Look at the parameters, or change them, after the optimizer has; `moment` counts the step."""
+
+    def surgery(self, moment: Moment) -> Smaller | None:
+        """Return a smaller program to go on with, once; None: no surgery now.
+
+        It is asked before an epoch and between two steps; and after `load_state`, where the run that goes on had
+        surgery before: then the answer leads from the program that was given to the one at that time.
+        """
+        return None
 
     def after_epoch(self, moment: Moment) -> Mapping[str, float]:
         """Return what to add to the metrics of this epoch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from graphprune.errors import PlanError, TrainingError
 from graphprune.plan import Slices
 
-__all__ = ["carry_optimizer", "slice_tensor", "slice_tensors"]
+__all__ = ["all_tensors", "carry_optimizer", "slice_tensor", "slice_tensors", "write_slices"]
 
 
 def slice_tensor(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
@@ -26,9 +27,41 @@ def slice_tensor(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
     return tensor
 
 
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers under all their names: surgery may put another name of a tied one first."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
 def slice_tensors(tensors: Mapping[str, Tensor], slices: Slices) -> dict[str, Tensor]:
     """Return tensors by parameter name, such as averages or masks, cut as the parameters are."""
     return {name: slice_tensor(tensor, slices.get(name, {})) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def write_slices(whole: nn.Module, part: nn.Module, slices: Slices) -> None:
+    """Write the values of what surgery has left into what it was cut from; what was cut off stays as it is.
+
+    Args:
+        whole: The module before the cut; its floating tensors are written into, and its counters.
+        part: The module after the cut; names are those of `whole`.
+        slices: Parameter or buffer -> dimension -> kept indices, as in `graphprune.Plan.slices`.
+    """
+    values = all_tensors(part)
+    tensors = (*whole.named_parameters(), *whole.named_buffers())
+    for name, tensor in tensors:
+        # Tensors of whole numbers are indices, which surgery may number anew.
+        if name not in values or not (tensor.is_floating_point() or tensor.dim() == 0):
+            continue
+        kept = slices.get(name, {})
+        value = values[name].to(tensor.device)
+        if not kept:
+            tensor.copy_(value)
+            continue
+        indices = [kept.get(dim, range(size)) for dim, size in enumerate(tensor.shape)]
+        tensor[np.ix_(*indices)] = value
 
 
 def carry_optimizer(
@@ -52,7 +85,7 @@ def carry_optimizer(
     # accelerate wraps an optimizer without handing on the state that is assigned to it
     optimizer = getattr(optimizer, "optimizer", optimizer)
     name_of = {parameter: name for name, parameter in before.named_parameters()}
-    new = dict(after.named_parameters())
+    new = dict(after.named_parameters(remove_duplicate=False))
     state: dict[Tensor, Any] = {}
     groups: list[list[nn.Parameter]] = []
     for group in optimizer.param_groups:

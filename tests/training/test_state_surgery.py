@@ -162,3 +162,15 @@ def test_refusals() -> None:
         optimizer.state[parameter]["odd"] = torch.zeros(7)
     with pytest.raises(TrainingError, match="the state of SGD for conv1.weight, odd has shape"):
         carry_optimizer(optimizer, before, after, SLICES)
+
+
+def test_a_tied_parameter_stays_under_its_other_name() -> None:
+    first, last = nn.Linear(3, 3, bias=False), nn.Linear(2, 2, bias=False)
+    before = nn.ModuleDict({"head": first, "embedding": first})
+    after = nn.ModuleDict({"embedding": last, "head": last})
+    optimizer = torch.optim.SGD(before.parameters(), lr=0.1, momentum=0.9)
+    first(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    carry_optimizer(optimizer, before, after, {"head.weight": {0: (0, 2), 1: (1, 2)}})
+    assert optimizer.param_groups[0]["params"] == [last.weight]
+    assert optimizer.state[last.weight]["momentum_buffer"].shape == (2, 2)

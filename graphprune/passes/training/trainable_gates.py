@@ -22,7 +22,7 @@ from graphprune.passes.importance.magnitude import Magnitude
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.training import Outcome, Recipe, Trainer, load_task
+from graphprune.training import Outcome, Recipe, Trainer, load_task, write_slices
 from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
@@ -56,7 +56,7 @@ class TrainableGates(Pass):
     epochs: int = 20
     """Passes over the training set."""
     frozen: float = 0.4
-    """Part of them, at the end, in which the gates stand still and the weights follow."""
+    """Part of them, at the end, in which the gates stand still and what they leave is trained."""
     shape: Shape = "one"
     """How a gate's gradient depends on its distance from the step."""
     gate_lr: float | None = None
@@ -122,8 +122,6 @@ class TrainableGates(Pass):
         )
         outcome = self._train(gated, hook, context)
         choice = hook.freeze()
-        trained = program.clone()
-        gated.to_original(trained)
         plan = Plan.of(
             program,
             groups,
@@ -133,6 +131,11 @@ class TrainableGates(Pass):
             seed=context.seed,
             heads=choice.heads,
         )
+        trained = program.clone()
+        if hook.is_cut:
+            write_slices(trained.module, outcome.program.module, plan.slices)
+        else:
+            gated.to_original(trained)
         dense = groups.cost.total()
         return TrainingResult(
             program=trained,

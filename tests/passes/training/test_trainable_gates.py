@@ -16,11 +16,13 @@ from graphprune.capture import capture
 from graphprune.data import DataSource, evaluate, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, PassError, TargetError, UsageError
+from graphprune.gates.training import GateHook
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.passes.training import FineTune, TrainableGates
 from graphprune.pipeline import Context, Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.training import slice_tensors
 from graphprune.training.checkpoint import Checkpoint
 from tests import gate_networks
 from tests.exactness import capture_as
@@ -117,6 +119,28 @@ def test_it_trains_a_clone_and_keeps_the_gates_frozen_at_the_choice(tmp_path: Pa
     again = step.run(before, context(before))
     assert equal(result.program, again.program)
     assert again.facts[1] == plan
+
+
+def test_what_the_gates_leave_is_trained_as_if_it_were_gated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = tiny(dropout=0.0)
+    step = TrainableGates(epochs=5, batch_size=16, round_to="1", precision="float32", clip=1.0)
+    cut = step.run(before, context(before))
+    monkeypatch.setattr(GateHook, "surgery", lambda self, moment: None)
+    gated = step.run(before, context(before))
+    plan = cut.facts[1]
+    assert isinstance(plan, Plan)
+    assert plan == gated.facts[1]
+    left, expected = (
+        slice_tensors(dict(result.program.named_tensors()), plan.slices) for result in (cut, gated)
+    )
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    # A channel that is gone has the weights with which the training began.
+    gone = [i for i in range(6) if i not in plan.slices["conv1.weight"][0]]
+    weights = [p.module.get_parameter("conv1.weight")[gone] for p in (cut.program, before)]
+    assert torch.equal(*weights)
 
 
 def test_no_epochs_choose_by_magnitude() -> None:
