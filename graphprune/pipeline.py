@@ -14,11 +14,12 @@ every surgery exact (`graphprune.verify`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -173,6 +174,15 @@ class Pass(ABC):
     """Whether a method chooses the channels itself: it takes the options of choose-channels, hands out a plan, and
     leaves weights and statistics that fit it."""
 
+    def check(self, context: Context) -> None:  # noqa: B027 - most passes are soon done, and say it in run()
+        """Look at the options and at what the user gave, before the first pass runs.
+
+        What a pass would stumble over after the long work of others, it says here.
+
+        Raises:
+            UsageError, DataError, TargetError: What was given cannot be used.
+        """
+
     @abstractmethod
     def run(self, program: Program, context: Context) -> PassResult:
         """Do the work; what is returned tells the driver what kind of pass this is."""
@@ -309,6 +319,9 @@ class Pipeline:
             progress=progress or SilentProgress(),
             resume=resume,
         )
+        for step in self.passes:
+            with _named(step):
+                step.check(context)
         driver = _Driver(program=program.clone(), context=context, verify=verify)
         previous: Pass | None = None
         for number, step in enumerate(self.passes, 1):
@@ -361,7 +374,8 @@ class _Driver:
                 raise PassError(f"{step.spec()}: {_missing(kind, self.context.facts)}")
         text, versions = str(self.program), _versions(self.program)
         started = time.perf_counter()
-        result = _run(step, self.program, self.context)
+        with _named(step):
+            result: object = step.run(self.program, self.context)
         seconds = time.perf_counter() - started
         match result:
             case SurgeryResult():
@@ -483,10 +497,11 @@ def _severity(check: Check) -> tuple[bool, float]:
     return not check.passed, error / check.tolerance if check.tolerance else error
 
 
-def _run(step: Pass, program: Program, context: Context) -> object:
-    """Run one pass; an error of ours names the pass, one about what the user gave keeps its class."""
+@contextlib.contextmanager
+def _named(step: Pass) -> Iterator[None]:
+    """Name the pass in an error of ours; one about what the user gave keeps its class."""
     try:
-        return step.run(program, context)
+        yield
     except _OWN_CLASS as error:
         error.add_note(f"raised by the pass {step.spec()}")
         raise

@@ -6,7 +6,6 @@ without running code from the file.
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,15 @@ import torch
 
 from graphprune.errors import CheckpointError
 from graphprune.files import prepare_out, write_atomic
+from graphprune.training.metrics import to_json
 
 __all__ = ["Checkpoint"]
 
-VERSION = 1
+VERSION = 2
 
 _NOUNS = {
     "run": "training",
+    "recipe": "recipe",
     "program": "program",
     "weights": "weights to start from",
     "data": "data",
@@ -99,9 +100,7 @@ class Checkpoint:
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write the metrics of all epochs so far, one JSON object a line."""
         with write_atomic(self.metrics) as temporary:
-            temporary.write_text(
-                "".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8"
-            )
+            temporary.write_text("".join(f"{to_json(line)}\n" for line in lines), encoding="utf-8")
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -27,7 +27,7 @@ from graphprune.training.compiled import compiled
 from graphprune.training.features import Tap, insert_taps, taps_distance
 from graphprune.training.task import Task
 
-__all__ = ["Teacher", "logit_distance"]
+__all__ = ["Teacher", "logit_distance", "must_be_comparable"]
 
 
 def logit_distance(outputs: Any, dense: Any, *, temperature: float) -> Tensor:
@@ -35,6 +35,24 @@ def logit_distance(outputs: Any, dense: Any, *, temperature: float) -> Tensor:
     student = F.log_softmax(flat_outputs(outputs)[0].float() / temperature, dim=1)
     teacher = F.log_softmax(flat_outputs(dense)[0].float() / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def must_be_comparable(task: Task, *, compares_outputs: bool, mirror: bool) -> None:
+    """Check that two programs can be compared on this task.
+
+    Raises:
+        UsageError: The task has no way to compare outputs, or a mirror image may have another answer.
+    """
+    if compares_outputs and task.distill is None and not task.is_classification:
+        raise UsageError(
+            "distillation compares logits, and the task is no classification; "
+            "give the Task a distill function, or distill=0"
+        )
+    if mirror and not task.is_classification:
+        raise UsageError(
+            "mirror=true takes it that an image and its mirror image have the same outputs, and the task is "
+            "no classification; use mirror=false"
+        )
 
 
 class Teacher:
@@ -69,16 +87,7 @@ class Teacher:
         Raises:
             UsageError: The task has no way to compare two programs, or a mirror image may have another answer.
         """
-        if compares_outputs and task.distill is None and not task.is_classification:
-            raise UsageError(
-                "distillation compares logits, and the task is no classification; "
-                "give the Task a distill function, or distill=0"
-            )
-        if mirror and not task.is_classification:
-            raise UsageError(
-                "mirror=true takes it that an image and its mirror image have the same outputs, and the task is "
-                "no classification; use mirror=false"
-            )
+        must_be_comparable(task, compares_outputs=compares_outputs, mirror=mirror)
         self.task = task
         self.temperature = temperature
         self.mirror = mirror

@@ -109,7 +109,7 @@ class Trainer:
             TrainingError: The loss is not finite.
             CheckpointError: The checkpoint cannot be read, or belongs to another run.
         """
-        self.recipe.check()
+        self.recipe.check(self.task)
         module = self.program.module
         home = next((t.device for _, t in self.program.named_tensors()), torch.device("cpu"))
         precision = resolve_precision(self.recipe.precision, self.device)
@@ -320,6 +320,7 @@ class _Run:
                 progress=self.trainer.progress,
                 workers=self.recipe.workers,
             )
+        self._must_be_finite(test_loss, "the loss on the test set")
         line |= {"test_loss": test_loss, f"test_{self.task.metric_name}": test_metric}
         self.schedule.after_epoch(loss)
         self.epoch, self.step = self.epoch + 1, 0
@@ -370,6 +371,7 @@ class _Run:
             trainer.checkpoint,
             {
                 "run": trainer.name,
+                "recipe": repr(self.recipe),
                 "program": fingerprint(trainer.program),
                 "weights": self.weights,
                 "data": trainer.data.name,
@@ -439,10 +441,10 @@ class _Run:
 
         return bool(broadcast(torch.tensor(int(is_due), device=self.device)).item())
 
-    def _must_be_finite(self, loss: float) -> None:
+    def _must_be_finite(self, loss: float, what: str = "the loss") -> None:
         if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss became {loss} in epoch {self.epoch + 1} with lr="
+                f"{what} became {loss} in epoch {self.epoch + 1} with lr="
                 f'{self.optimizer.param_groups[0]["lr"]:.3g}; lower lr, warm up (schedule="cosine{{warmup=1}}"), '
                 "or clip gradients (clip=1.0)"
             )

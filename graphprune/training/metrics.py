@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EVENTS", "EventWriter", "publish"]
+__all__ = ["EVENTS", "EventWriter", "publish", "to_json"]
 
 EVENTS = "tensorboard"
 """Folder of event files, in that of a checkpoint and in the output."""
+
+
+def to_json(line: Mapping[str, Any]) -> str:
+    """Return one epoch's metrics as a JSON object; JSON has no word for what is no number, and says null."""
+    return json.dumps(
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    )
 
 
 def publish(
@@ -28,7 +36,7 @@ def publish(
     if out is None or not history:
         return
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps(line)}\n" for line in history)
+        file.writelines(f"{to_json(line)}\n" for line in history)
     if checkpoint is not None and (checkpoint / EVENTS).is_dir():
         shutil.copytree(checkpoint / EVENTS, out / EVENTS / checkpoint.name)
 

@@ -51,16 +51,21 @@ def build_optimizer(
         text: A class of ``torch.optim``, in any spelling, with options in braces.
         parameters: Names and parameters.
         lr: Learning rate; None: the default of the class, for SGD 0.02.
-        weight_decay: Weight decay of parameters with two dimensions and more.
+        weight_decay: Weight decay of parameters with two dimensions and more, where `text` does not say it.
         options_of: What one parameter has for itself, such as a learning rate of its own.
 
     Raises:
-        UsageError: No such optimizer, or it does not take the options.
+        UsageError: No such optimizer, it does not take the options, or there are two learning rates.
     """
     kind, options = _optimizer(text)
+    if lr is not None and options.get("lr", lr) != lr:
+        raise UsageError(f"optimizer {text!r}: found lr={lr:g} besides; give one of the two")
     merged = {**_DEFAULTS.get(kind.__name__, {}), **options}
     if lr is not None:
         merged["lr"] = lr
+    takes_decay = "weight_decay" in inspect.signature(kind).parameters
+    if takes_decay:
+        weight_decay = merged.pop("weight_decay", weight_decay)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters:
         group: dict[str, Any] = {"weight_decay": weight_decay if parameter.dim() > 1 else 0.0}
@@ -68,7 +73,7 @@ def build_optimizer(
         groups.setdefault(repr(sorted(group.items())), {**group, "params": []})["params"].append(
             parameter
         )
-    if "weight_decay" not in inspect.signature(kind).parameters:
+    if not takes_decay:
         for group in groups.values():
             group.pop("weight_decay")
     try:
@@ -166,16 +171,16 @@ def build_schedule(
     return Schedule(scheduler, is_per_step=per_step)
 
 
-def check_optim(optimizer: str, schedule: str) -> None:
+def check_optim(optimizer: str, schedule: str, *, lr: float | None = None) -> None:
     """Check that both texts name something, before any work is done for them.
 
     Raises:
-        UsageError: An optimizer or a schedule that does not exist.
+        UsageError: An optimizer or a schedule that does not exist, or two learning rates.
     """
     kind, _ = _optimizer(optimizer)
     probe = nn.Parameter(torch.zeros(1, 1))
     # SGD takes any schedule; the real optimizer is built once the parameters are known.
-    build_optimizer(optimizer, [("probe", probe)], lr=None, weight_decay=0.0)
+    build_optimizer(optimizer, [("probe", probe)], lr=lr, weight_decay=0.0)
     is_cyclic = _read("schedule", schedule)[0] in ("cyclic", "one-cycle")
     stand_in = torch.optim.SGD([probe], lr=1.0, momentum=0.9)
     real = kind if is_cyclic else None
@@ -183,7 +188,7 @@ def check_optim(optimizer: str, schedule: str) -> None:
         schedule,
         stand_in
         if real is None
-        else build_optimizer(optimizer, [("probe", probe)], lr=1.0, weight_decay=0.0),
+        else build_optimizer(optimizer, [("probe", probe)], lr=lr, weight_decay=0.0),
         epochs=2,
         steps_per_epoch=2,
     )

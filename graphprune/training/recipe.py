@@ -13,8 +13,10 @@ from graphprune.errors import UsageError
 from graphprune.plan import Slices
 from graphprune.program import Program
 from graphprune.training.batches import Augment
+from graphprune.training.distill import must_be_comparable
 from graphprune.training.optim import check_optim
 from graphprune.training.processes import Precision
+from graphprune.training.task import Task
 
 __all__ = ["Hook", "Moment", "Recipe", "Smaller"]
 
@@ -58,11 +60,15 @@ class Recipe:
     checkpoint_seconds: float = 60.0
     """How often the state is kept between the ends of epochs."""
 
-    def check(self) -> None:
+    def check(self, task: Task | None = None) -> None:
         """Check every option, before any work is done for it.
 
+        Args:
+            task: What the training is for, where that is known.
+
         Raises:
-            UsageError: An option out of range, or an optimizer or schedule that does not exist.
+            UsageError: An option out of range, an optimizer or schedule that does not exist, or a comparison with the
+                teacher that the task knows no way to make.
         """
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (0, math.inf),
@@ -94,7 +100,9 @@ class Recipe:
                 raise UsageError(
                     f"expected {name} to be one of {', '.join(get_args(kind))}, found {getattr(self, name)!r}"
                 )
-        check_optim(self.optimizer, self.schedule)
+        check_optim(self.optimizer, self.schedule, lr=self.lr)
+        if task is not None:
+            must_be_comparable(task, compares_outputs=self.distill > 0, mirror=self.mirror)
 
 
 @dataclass(frozen=True, kw_only=True)

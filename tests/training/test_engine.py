@@ -438,6 +438,27 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "state.pt").exists()
 
 
+def test_weights_that_diverge_in_the_last_step_are_an_error(tmp_path: Path) -> None:
+    class Breaks(Hook):
+        def after_step(self, moment: Moment) -> None:
+            if moment.fraction == 1.0:
+                moment.module.get_parameter("fc.weight").data.fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match="the loss on the test set became nan in epoch 2"):
+        fit(program(), hooks=[Breaks()], checkpoint=tmp_path)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_metric_that_is_no_number_is_null_in_the_lines(tmp_path: Path) -> None:
+    task = Task(
+        loss=lambda outputs, target: F.cross_entropy(outputs, target),
+        metric=lambda outputs, target: outputs.sum() * float("nan"),
+    )
+    fit(program(), task=task, checkpoint=tmp_path)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["test_metric"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -447,6 +468,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
         ({"average": -0.5}, "expected average between 0 and 1, found -0.5"),
         ({"lr": 0.0}, "expected lr and temperature to be positive, found lr=0.0"),
         ({"precision": "float8"}, "expected precision to be one of auto, float32, bfloat16"),
+        ({"lr": 0.1, "optimizer": "adamw{lr=0.2}"}, "found lr=0.1 besides; give one of the two"),
         ({"optimizer": "sdg"}, "optimizer: expected one of .*adamw.*sgd.*, found 'sdg'"),
         (
             {"schedule": "cosinus"},

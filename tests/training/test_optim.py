@@ -44,6 +44,20 @@ def test_only_weights_decay() -> None:
     assert (group["lr"], group["momentum"], group["nesterov"]) == (0.02, 0.9, True)
 
 
+def test_weight_decay_in_braces_is_that_of_weights() -> None:
+    found = build_optimizer(
+        "adamw{weight_decay=0.3}", _model().named_parameters(), lr=None, weight_decay=0.5
+    )
+    assert {group["weight_decay"] for group in found.param_groups} == {0.0, 0.3}
+    with pytest.raises(UsageError, match="weight_decay"):
+        build_optimizer(
+            "rprop{weight_decay=0.3}",
+            [("w", nn.Parameter(torch.zeros(2, 2)))],
+            lr=None,
+            weight_decay=0.5,
+        )
+
+
 def test_options_reach_the_class() -> None:
     text = "adamw{betas=(0.8,0.95) amsgrad=true}"
     group = build_optimizer(

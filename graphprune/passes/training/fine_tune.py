@@ -19,7 +19,7 @@ from graphprune.errors import DataError
 from graphprune.groups import analyze
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
-from graphprune.training import Hook, Moment, Recipe, Trainer, load_task
+from graphprune.training import Hook, Moment, Recipe, Task, Trainer, load_task
 from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
@@ -79,23 +79,26 @@ class FineTune(Pass):
     checkpoint_seconds: float = 60.0
     """How often the state is kept between the ends of epochs."""
 
-    def run(self, program: Program, context: Context) -> TrainingResult:
-        """Train a clone, and return it with the metrics of the last epoch."""
+    def check(self, context: Context) -> None:
+        """Look at the recipe, the task and the data."""
         task = load_task(self.task)
-        distill = self.distill
-        if distill is None:
-            distill = DISTILL if task.is_classification or task.distill is not None else 0.0
-        recipe = self._recipe(distill)
-        recipe.check()
+        self._recipe(task).check(task)
         if context.data is None:
             raise DataError(f"{self.name} expected training data, found none; give data= or --data")
+
+    def run(self, program: Program, context: Context) -> TrainingResult:
+        """Train a clone, and return it with the metrics of the last epoch."""
+        self.check(context)
+        assert context.data is not None
+        task = load_task(self.task)
+        recipe = self._recipe(task)
         clone = program.clone()
         trainer = Trainer(
             program=clone,
             recipe=recipe,
             data=context.data,
             task=task,
-            teacher=context.dense if distill or self.features else None,
+            teacher=context.dense if recipe.distill or self.features else None,
             hooks=[_Zeros(clone)] if self.keep_zeros else [],
             device=context.device,
             seed=context.seed,
@@ -118,7 +121,10 @@ class FineTune(Pass):
             },
         )
 
-    def _recipe(self, distill: float) -> Recipe:
+    def _recipe(self, task: Task) -> Recipe:
+        distill = self.distill
+        if distill is None:
+            distill = DISTILL if task.is_classification or task.distill is not None else 0.0
         common = {field.name for field in fields(Recipe)} - {"distill"}
         values: dict[str, Any] = {name: getattr(self, name) for name in common}
         return Recipe(distill=distill, **values)

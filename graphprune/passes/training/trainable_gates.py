@@ -22,7 +22,7 @@ from graphprune.passes.importance.magnitude import Magnitude
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.training import Outcome, Recipe, Trainer, load_task, write_slices
+from graphprune.training import Outcome, Recipe, Task, Trainer, load_task, write_slices
 from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
@@ -96,9 +96,7 @@ class TrainableGates(Pass):
 
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Train a clone with gates, and return it without them, with the plan that removes what is shut."""
-        self._check()
-        if context.data is None:
-            raise DataError(f"{self.name} expected training data, found none; give data= or --data")
+        self.check(context)
         groups = context.need(DependencyGroups)
         target, granularity = parse_target(self.target), parse_granularity(self.granularity)
         gated = insert_gates(
@@ -145,8 +143,15 @@ class TrainableGates(Pass):
             kept=(*gated.kept, *self._distance(hook.own_cost, choice.cost, dense)),
         )
 
-    def _check(self) -> None:
+    def check(self, context: Context) -> None:
+        """Look at the options, the recipe, the task and the data."""
         parse_target(self.target)
+        parse_granularity(self.granularity)
+        parse_round_to(self.round_to)
+        task = load_task(self.task)
+        self._recipe(task).check(task)
+        if context.data is None:
+            raise DataError(f"{self.name} expected training data, found none; give data= or --data")
         if self.shape not in SHAPES:
             raise UsageError(
                 f"expected shape to be one of {', '.join(SHAPES)}, found {self.shape!r}"
@@ -161,20 +166,14 @@ class TrainableGates(Pass):
 
     def _train(self, gated: Gated, hook: GateHook, context: Context) -> Outcome:
         task = load_task(self.task)
-        distill = self.distill
-        if distill is None:
-            distill = DISTILL if task.is_classification or task.distill is not None else 0.0
-        own = {field.name for field in fields(self)}
-        values: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(Recipe) if field.name in own
-        }
+        recipe = self._recipe(task)
         assert context.data is not None
         trainer = Trainer(
             program=gated.program,
-            recipe=Recipe(**{**values, "distill": distill}),
+            recipe=recipe,
             data=context.data,
             task=task,
-            teacher=context.dense if distill or self.features else None,
+            teacher=context.dense if recipe.distill or self.features else None,
             hooks=[hook],
             device=context.device,
             seed=context.seed,
@@ -186,6 +185,16 @@ class TrainableGates(Pass):
         outcome = trainer.fit()
         publish(outcome.history, out=context.out, checkpoint=context.checkpoint)
         return outcome
+
+    def _recipe(self, task: Task) -> Recipe:
+        distill = self.distill
+        if distill is None:
+            distill = DISTILL if task.is_classification or task.distill is not None else 0.0
+        own = {field.name for field in fields(self)}
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields(Recipe) if field.name in own
+        }
+        return Recipe(**{**values, "distill": distill})
 
     def _metrics(self, outcome: Outcome, own: Cost, chosen: Cost, dense: Cost) -> dict[str, float]:
         last = {

@@ -141,6 +141,29 @@ def test_it_needs_data_and_good_options() -> None:
             FineTune(**options).run(before, context(before))
 
 
+@pytest.mark.parametrize(
+    ("later", "kind", "message"),
+    [
+        ("schedule=warp", UsageError, "schedule: expected one of"),
+        ("optimizer=sdg", UsageError, "optimizer: expected one of"),
+        ("epochs=-1", UsageError, "expected epochs from 0 on"),
+        ('task="tests.training.networks:regression" distill=0.5', UsageError, "give the Task"),
+        ('task="no.such:task"', UsageError, "no.such"),
+    ],
+)
+def test_a_later_training_is_looked_at_before_the_first(
+    later: str, kind: type[Exception], message: str
+) -> None:
+    steps = Pipeline.parse(
+        f"dependency-groups,trainable-gates,remove-channels,fine-tune{{{later}}}"
+    )
+    ran = []
+    with pytest.raises(kind, match=message) as found:
+        steps.run(program(), data=data(), callbacks=[lambda *now: ran.append(now)])
+    assert ran == []
+    assert any("fine-tune{" in note for note in found.value.__notes__)
+
+
 def test_it_stands_between_surgery_and_export() -> None:
     text = default_pipeline(has_data=True, epochs=3)
     assert ",reestimate-batch-norm,fine-tune{epochs=3},export-onnx," in text
