@@ -143,13 +143,29 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("save", [3, 9])
-def test_an_interrupted_run_goes_on_to_the_same_weights(
-    save: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def transformer() -> Program:
+    return capture_as(gate_networks.transformer(), torch.randn(2, 1, 8, 8), "fx")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "save"),
+    [
+        (tiny, {}, 3),
+        (tiny, {}, 9),
+        # Some heads lose channels, their first among them, and some go whole.
+        (transformer, {"granularity": "channels,heads", "target": "macs=0.3"}, 9),
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_same_weights_and_plan(
+    make: Callable[[], Program],
+    options: dict[str, Any],
+    save: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = tiny()
-    step = TrainableGates(epochs=3, batch_size=16, round_to="1", checkpoint_seconds=0.0)
-    whole = step.run(before, context(before))
+    before = make()
+    step = TrainableGates(epochs=3, batch_size=16, round_to="1", checkpoint_seconds=0.0, **options)
+    whole = step.run(before, context(before, seed=2))
     saved = Checkpoint.save
     count = 0
 
@@ -162,9 +178,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
     monkeypatch.setattr(Checkpoint, "save", save_and_die)
     with pytest.raises(_Killed):
-        step.run(before, context(before, checkpoint=tmp_path))
+        step.run(before, context(before, seed=2, checkpoint=tmp_path))
     monkeypatch.setattr(Checkpoint, "save", saved)
-    resumed = step.run(before, context(before, checkpoint=tmp_path, resume=True))
+    resumed = step.run(before, context(before, seed=2, checkpoint=tmp_path, resume=True))
     assert equal(whole.program, resumed.program)
     assert whole.facts[1] == resumed.facts[1]
     assert whole.metrics.keys() == resumed.metrics.keys()
