@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
+from graphprune.budget import parse_target
 from graphprune.capture import capture
+from graphprune.cost import Products
 from graphprune.data import DataSource, evaluate, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, PassError, TargetError, UsageError
@@ -40,6 +44,10 @@ def trained(make: Callable[[], nn.Module], digits: DataSource, dialect: str = "f
     step = FineTune(epochs=6, batch_size=64, lr=0.05, distill=0.0, average=0.0)
     program = capture_as(make(), torch.randn(2, 1, 8, 8), dialect)
     return Pipeline([step]).run(program, data=digits, device="cpu").program
+
+
+def transformer() -> Program:
+    return capture_as(gate_networks.transformer(), torch.randn(2, 1, 8, 8), "fx")
 
 
 def run(program: Program, text: str, data: DataSource | None) -> PipelineResult:
@@ -76,7 +84,8 @@ def test_half_the_macs_at_a_stated_accuracy(
     result = run(before, f"trainable-gates{{epochs=8 batch_size=64 round_to=1 {options}}}", digits)
     assert result.checks["surgery"].passed
     cost, dense = analyze(result.program).cost.total(), analyze(before).cost.total()
-    assert 0.48 < cost.macs / dense.macs <= 0.5
+    assert 0.495 <= cost.macs / dense.macs <= 0.5
+    assert not any(kept.what == "target" for kept in result.kept)
     accuracy = evaluate(result.program.module, digits.test(256))
     assert accuracy >= floor
     measured = result.measurements
@@ -92,7 +101,9 @@ def test_the_export_dialect_and_parameters_as_the_budget(digits: DataSource) -> 
     result = run(before, text, digits)
     assert result.checks["surgery"].passed
     cost, dense = analyze(result.program).cost.total(), analyze(before).cost.total()
-    assert 0.58 < cost.params / dense.params <= 0.6
+    share = cost.params / dense.params
+    assert 0.58 < share <= 0.6
+    assert (share < 0.594) == any(kept.what == "target" for kept in result.kept)
     assert evaluate(result.program.module, digits.test(256)) >= 0.9
 
 
@@ -127,6 +138,53 @@ def test_no_epochs_choose_by_magnitude() -> None:
     assert any(kept.what == "gates" and "by themselves" in kept.why for kept in result.kept)
 
 
+def wide() -> nn.Module:
+    """Return a network in which no channel holds 1 % of the MACs or of the parameters."""
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(64, 160), nn.ReLU(), nn.Linear(160, 140), nn.ReLU()),
+        nn.Linear(140, 10),
+    )
+
+
+@pytest.mark.parametrize("target", ["macs=0.8", "macs=0.5", "params=0.3", "macs=0.4,params=0.5"])
+def test_the_choice_is_within_one_percent_of_the_target(target: str) -> None:
+    before = capture_as(wide(), torch.randn(2, 1, 8, 8), "fx")
+    step = TrainableGates(epochs=1, batch_size=16, target=target)
+    result = step.run(before, context(before))
+    dense = analyze(before).cost.total()
+    limits = parse_target(target).limits(dense)
+    groups, plan = result.facts
+    assert isinstance(plan, Plan)
+    assert isinstance(groups, DependencyGroups)
+    cost = groups.cost.total(plan.keep(before, groups))
+    shares = [cost.macs / limits.macs, cost.params / limits.params]
+    assert 0.99 <= max(shares) <= 1
+    assert not any(kept.what == "target" for kept in result.kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "reached"),
+    [
+        ({"target": "macs=0.9", "granularity": "heads"}, "85.0% of the MACs, 87.5% of the param"),
+        ({"target": "params=0.95", "granularity": "heads"}, "85.0% of the MACs, 87.5% of the par"),
+        ({"target": "latency=0.95", "granularity": "heads"}, ".*, 87.2% of the latency: more"),
+        ({"target": "macs=0.8", "round_to": "23"}, "round_to=23 has"),
+    ],
+)
+def test_a_choice_that_is_further_from_the_target_says_so(
+    options: dict[str, Any], reached: str
+) -> None:
+    before = transformer()
+    groups = analyze(before)
+    modelled = Products.sum_of([(2e-6, groups.cost.products("macs"))], 0.016)
+    cost = groups.cost.with_measured("latency", modelled)
+    facts = {DependencyGroups: dataclasses.replace(groups, cost=cost)}
+    result = TrainableGates(epochs=0, **options).run(before, context(before, facts=facts))
+    (why,) = [kept.why for kept in result.kept if kept.what == "target"]
+    assert re.search(reached, why)
+    assert "more than 1 % below, for what goes goes in larger steps" in why
+
+
 @pytest.mark.parametrize("shape", ["one", "triangle", "sech2", "gaussian", "tanh"])
 def test_every_gradient_shape_reaches_the_target(shape: Any) -> None:
     before = tiny()
@@ -141,10 +199,6 @@ def test_every_gradient_shape_reaches_the_target(shape: Any) -> None:
 
 class _Killed(Exception):
     pass
-
-
-def transformer() -> Program:
-    return capture_as(gate_networks.transformer(), torch.randn(2, 1, 8, 8), "fx")
 
 
 @pytest.mark.parametrize(
