@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from graphprune.budget import Target, is_near, parse_round_to, parse_target
 from graphprune.cost import Cost, Resource
+from graphprune.cut import cut_program
 from graphprune.errors import DataError, PassError, UsageError
 from graphprune.gates.function import SHAPES, Shape
 from graphprune.gates.insertion import Gated, insert_gates
@@ -28,6 +29,7 @@ from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
 from graphprune.units import parse_granularity
+from graphprune.verify import verify_surgery
 
 __all__ = ["TrainableGates"]
 
@@ -42,7 +44,8 @@ class TrainableGates(Pass):
     """Train weights together with a gate per channel under a budget, and remove what is shut in the end.
 
     The graph stays as it is; the plan that comes with it removes the channels. Whatever the gates do, the plan meets
-    the target; how far they were from it by themselves is in the metrics.
+    the target; how far they were from it by themselves is in the metrics. The program with the gates as they are in
+    the end and the one that the plan leaves compute the same; the check ``gates`` proves it.
     """
 
     name: ClassVar[str] = "trainable-gates"
@@ -137,6 +140,10 @@ class TrainableGates(Pass):
             heads=choice.heads,
         )
         dense = groups.cost.total()
+        checks = {}
+        if context.verify:
+            cut = cut_program(trained, groups, choice.keep).program
+            checks["gates"] = verify_surgery(gated.program, cut)
         own, chosen = (_shares(cost, dense, target) for cost in (hook.own_cost, choice.cost))
         return TrainingResult(
             program=trained,
@@ -147,6 +154,7 @@ class TrainableGates(Pass):
                 *gated.kept,
                 *self._distance(own, chosen, is_near=is_near(choice.cost, target, dense)),
             ),
+            checks=checks,
         )
 
     def _check(self) -> None:

@@ -20,6 +20,7 @@ from graphprune.cost import Products
 from graphprune.data import DataSource, evaluate, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, PassError, TargetError, UsageError
+from graphprune.gates.layers import Mask
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.passes.training import FineTune, TrainableGates
 from graphprune.pipeline import Context, Pipeline, PipelineResult
@@ -27,7 +28,7 @@ from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.training.checkpoint import Checkpoint
 from tests import gate_networks
-from tests.exactness import capture_as
+from tests.exactness import ERROR, capture_as
 from tests.training.networks import data as bright
 from tests.training.networks import program as tiny
 
@@ -83,6 +84,7 @@ def test_half_the_macs_at_a_stated_accuracy(
     options = options.replace("=channels,heads", '="channels,heads"')
     result = run(before, f"trainable-gates{{epochs=8 batch_size=64 round_to=1 {options}}}", digits)
     assert result.checks["surgery"].passed
+    assert result.checks["gates"].passed
     cost, dense = analyze(result.program).cost.total(), analyze(before).cost.total()
     assert 0.495 <= cost.macs / dense.macs <= 0.5
     assert not any(kept.what == "target" for kept in result.kept)
@@ -100,6 +102,7 @@ def test_the_export_dialect_and_parameters_as_the_budget(digits: DataSource) -> 
     text = 'trainable-gates{target="params=0.6" epochs=6 batch_size=64 round_to=1}'
     result = run(before, text, digits)
     assert result.checks["surgery"].passed
+    assert result.checks["gates"].passed
     cost, dense = analyze(result.program).cost.total(), analyze(before).cost.total()
     share = cost.params / dense.params
     assert 0.58 < share <= 0.6
@@ -128,6 +131,26 @@ def test_it_trains_a_clone_and_keeps_the_gates_frozen_at_the_choice(tmp_path: Pa
     again = step.run(before, context(before))
     assert equal(result.program, again.program)
     assert again.facts[1] == plan
+
+
+@pytest.mark.parametrize("make", [tiny, transformer])
+def test_the_gated_program_is_proven_to_be_the_cut(
+    make: Callable[[], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make()
+    step = TrainableGates(epochs=1, batch_size=16)
+    check = step.run(before, context(before)).checks["gates"]
+    assert check.passed
+    assert check.max_abs_err is not None
+    assert check.max_abs_err < ERROR
+    assert check.detail.startswith("float64")
+    assert step.run(before, context(before, verify=False)).checks == {}
+    # Gates that do nothing: what was trained is not what is left, and the run says so.
+    monkeypatch.setattr(Mask, "forward", lambda self, gates: torch.ones_like(gates[self.index]))
+    result = run(before, "trainable-gates{epochs=0}", bright())
+    assert not result.passed
+    assert not result.checks["gates"].passed
+    assert result.checks["surgery"].passed
 
 
 def test_no_epochs_choose_by_magnitude() -> None:
