@@ -27,6 +27,7 @@ __all__ = [
     "Choice",
     "Target",
     "choose",
+    "is_near",
     "limits_room",
     "parse_round_to",
     "parse_target",
@@ -228,7 +229,7 @@ def choose(
             if limit == 1:
                 raise
             continue  # smaller steps reach further
-        if limit == 1 or _is_near(choice.cost, target, groups.cost.total()):
+        if limit == 1 or is_near(choice.cost, target, groups.cost.total()):
             break
     return choice
 
@@ -242,12 +243,11 @@ def _quarter(size: int, *, limit: int) -> int:
     return min(limit, 1 << max(0, (size // 4).bit_length() - 1))
 
 
-def _is_near(cost: Cost, target: Target, dense: Cost) -> bool:
-    """Whether a choice lands within 1 % of the limits, or has none to land at."""
-    room = limits_room(cost, target, dense)
+def is_near(cost: Cost, target: Target, dense: Cost) -> bool:
+    """Tell whether a cost is within 1 % of one of the limits, or has none to land at."""
     limits = target.limits(dense)
-    shares = [getattr(limits, n) / max(1e-12, getattr(dense, n)) for n in target.resources]
-    return not shares or room <= 0.01 * min(1.0, *shares)
+    low = [name for name in target.resources if getattr(limits, name) < getattr(dense, name)]
+    return not low or any(getattr(cost, n) >= 0.99 * getattr(limits, n) for n in low)
 
 
 def _choose(

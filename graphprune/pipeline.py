@@ -98,6 +98,8 @@ class TrainingResult:
     """Facts that hold for the new values: a plan that the pass has learned. All others are dropped."""
     kept: tuple[Kept, ...] = ()
     """What could have gone and did not, and why."""
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    """Comparisons by name, for instance ``gates``; none unless `Context.verify` holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,8 @@ class Context:
     """Where to compute: ``cpu``, ``cuda`` or ``cuda:N``."""
     seed: int = 0
     """Seed of everything random."""
+    verify: bool = True
+    """Whether to prove what was done."""
     out: Path | None = None
     """Folder to write into; None: an export pass has nowhere to write."""
     progress: Progress = field(default_factory=SilentProgress)
@@ -298,7 +302,7 @@ class Pipeline:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             seed: Seed of everything random.
             out: Folder for export passes; it must exist.
-            verify: Prove every surgery exact.
+            verify: Prove every surgery exact, and whatever else a pass promises.
             callbacks: Called between passes with (previous, program, next).
             progress: Where long work is shown; nowhere unless given.
             checkpoints: Folder in which training passes keep their state; none unless given. It is left as it is.
@@ -315,6 +319,7 @@ class Pipeline:
             data=data,
             device=pick_device(device),
             seed=seed,
+            verify=verify,
             out=None if out is None else Path(out),
             progress=progress or SilentProgress(),
             resume=resume,
@@ -322,7 +327,7 @@ class Pipeline:
         for step in self.passes:
             with _named(step):
                 step.check(context)
-        driver = _Driver(program=program.clone(), context=context, verify=verify)
+        driver = _Driver(program=program.clone(), context=context)
         previous: Pass | None = None
         for number, step in enumerate(self.passes, 1):
             for callback in callbacks:
@@ -344,10 +349,9 @@ _OWN_CLASS = (TargetError, PlanError, DataError, OutputError, UsageError, Checkp
 class _Driver:
     """State of one run."""
 
-    def __init__(self, *, program: Program, context: Context, verify: bool) -> None:
+    def __init__(self, *, program: Program, context: Context) -> None:
         self.program = program
         self.context = context
-        self.verify = verify
         self.facts: dict[type[Facts], Facts] = {}
         self.removed = Removed()
         self.kept: list[Kept] = []
@@ -390,8 +394,7 @@ class _Driver:
                 self.must_be_untouched(step, text, versions)
                 self.files += result.files
                 self.measurements.update(result.measurements)
-                for name, check in result.checks.items():
-                    self.record_check(name, check)
+                self.record_checks(result.checks)
             case Facts():
                 modified = False
                 self.must_be_untouched(step, text, versions)
@@ -421,10 +424,10 @@ class _Driver:
         before = self.program
         self.removed += result.removed
         self.replace(step, result.program)
-        if self.verify:
+        if self.context.verify:
             from graphprune.verify import verify_surgery  # it knows facts, which are defined here
 
-            self.record_check("surgery", verify_surgery(before, self.program, result.reference))
+            self.record_checks({"surgery": verify_surgery(before, self.program, result.reference)})
 
     def train(self, step: Pass, result: TrainingResult, text: str) -> None:
         self.measurements.update(result.metrics)
@@ -435,6 +438,7 @@ class _Driver:
                 f"found another graph; {_first_difference(text, after)}"
             )
         self.kept += result.kept
+        self.record_checks(result.checks)
         if result.modified:
             self.replace(step, result.program)
         for fact in result.facts:
@@ -479,14 +483,12 @@ class _Driver:
             f"but wrote into {names}"
         )
 
-    def record_check(self, name: str, check: Check) -> None:
+    def record_checks(self, checks: Mapping[str, Check]) -> None:
         """Keep the worst of several checks of one name; all must pass for it to pass."""
-        first = self.checks.get(name)
-        if first is None:
-            self.checks[name] = check
-            return
-        worst = max((first, check), key=_severity)
-        self.checks[name] = dataclasses.replace(worst, passed=first.passed and check.passed)
+        for name, check in checks.items():
+            first = self.checks.get(name, check)
+            worst = max((first, check), key=_severity)
+            self.checks[name] = dataclasses.replace(worst, passed=first.passed and check.passed)
 
 
 def _severity(check: Check) -> tuple[bool, float]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphprune.data import DataSource, evaluate
 from graphprune.defaults import default_pipeline, training_options
@@ -178,15 +179,33 @@ def run_row(
 
 
 def _with_new_weights(program: Program, seed: int) -> Program:
-    """Return a clone in which every layer has the weights that its class starts with."""
+    """Return a clone in which every layer has the weights that its class starts with.
+
+    Raises:
+        UsageError: A trained tensor belongs to no such layer: its values would stay.
+    """
     clone = program.clone()
+    before = {name: value.detach().clone() for name, value in clone.module.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in clone.module.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+    left = [n for n, p in clone.module.named_parameters() if _is_trained(p, before[n])]
+    if left:
+        raise UsageError(
+            f"{SCRATCH} expected every weight of {program.source} to be in a layer that starts anew "
+            f"(reset_parameters), found {', '.join(left[:3])}{' and others' if left[3:] else ''} "
+            f"with the values of before ({program.dialect} dialect); leave {SCRATCH} out for this model"
+        )
     return clone
+
+
+def _is_trained(parameter: Tensor, before: Tensor) -> bool:
+    """Tell whether a tensor still knows something: nothing is known by a norm's ones and zeros."""
+    is_start = bool((parameter == 1).all() or (parameter == 0).all())
+    return parameter.requires_grad and torch.equal(parameter, before) and not is_start
 
 
 def to_markdown(rows: Sequence[Row], *, dense: float) -> str:

@@ -230,6 +230,7 @@ class GateHook(Hook):
             "integral": self.integral,
             "steps": self.steps,
             "is_frozen": self.gates.is_frozen,
+            "heads": 0 if self.choice is None else self.choice.heads,
             "own_cost": astuple(self.own_cost),
             "now": astuple(self.now),
         }
@@ -245,7 +246,8 @@ class GateHook(Hook):
         self.gates.is_frozen = state["is_frozen"]
         self.own_cost, self.now = Cost(*state["own_cost"]), Cost(*state["now"])
         if self.gates.is_frozen:
-            self.choice = self._chosen(self.gates.keep.cpu().numpy() > 0)
+            keep = self.gates.keep.cpu().numpy() > 0
+            self.choice = Choice(keep, self._cost(keep), state["heads"])
 
     # The choice
 
@@ -255,11 +257,12 @@ class GateHook(Hook):
             self.own_cost = self._cost(self._keep())
             self.choice = self._choose()
             self.gates.freeze(torch.from_numpy(self.choice.keep).to(self.gates.keep))
-            removed = ~self.choice.keep[self._first_channels()]
+            units = self.gated.units
+            stays = np.bincount(units.owner, self.choice.keep[units.channels]) > 0
             with torch.no_grad():
                 weight = self.gates.weight
-                shut = torch.from_numpy(removed).to(weight.device)
-                weight.copy_(torch.where(shut, weight.clamp(max=-1e-3), weight.clamp(min=1e-3)))
+                open_ = torch.from_numpy(stays).to(weight.device)
+                weight.copy_(torch.where(open_, weight.clamp(min=1e-3), weight.clamp(max=-1e-3)))
             self.now = self.choice.cost
         return self.choice
 
@@ -297,16 +300,6 @@ class GateHook(Hook):
 
     def _cost(self, keep: Keep) -> Cost:
         return self.gated.groups.cost.total(keep)
-
-    def _chosen(self, keep: Keep) -> Choice:
-        """Return the choice of gates that a checkpoint has brought frozen."""
-        removed = ~keep[self._first_channels()] & self.gated.units.is_head
-        return Choice(keep, self._cost(keep), int(removed.sum()))
-
-    def _first_channels(self) -> np.ndarray:
-        units = self.gated.units
-        first: np.ndarray = units.channels[units.starts[:-1]]
-        return first
 
 
 class Axes(nn.Module):

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from graphprune.bench.recipes import TEACHER, Budget, Row, pipelines, run_row, to_markdown
+from graphprune.bench.recipes import (
+    TEACHER,
+    Budget,
+    Row,
+    _with_new_weights,
+    pipelines,
+    run_row,
+    to_markdown,
+)
 from graphprune.capture import capture
 from graphprune.data import DataSource, load_data
 from graphprune.demo import train_digits
 from graphprune.errors import UsageError
 from graphprune.program import Program
+from tests import gate_networks
+from tests.exactness import capture_as
 
 pytest.importorskip("sklearn")
 
@@ -50,6 +62,37 @@ def test_rows_reach_the_target_and_learn(dense: Program, digits: DataSource, met
 def test_scratch_knows_nothing_of_the_weights(dense: Program, digits: DataSource) -> None:
     row = run_row(dense, digits, "scratch", BUDGET)
     assert row.cut_accuracy < 0.35
+
+
+@pytest.mark.parametrize(
+    ("make", "dialect", "names"),
+    [
+        (gate_networks.residual, "export", "fc.weight, fc.bias, stem.0.weight and others"),
+        (gate_networks.transformer, "fx", "position"),
+    ],
+)
+def test_scratch_refuses_weights_that_it_cannot_start_anew(
+    make: Callable[[], nn.Module], dialect: str, names: str, digits: DataSource
+) -> None:
+    trained = make()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.1)
+    dense = capture_as(trained, torch.randn(2, 1, 8, 8), dialect)
+    message = (
+        rf"in a layer that starts anew \(reset_parameters\), found {names} with .*\({dialect} dia"
+    )
+    with pytest.raises(UsageError, match=message):
+        run_row(dense, digits, "scratch", BUDGET)
+
+
+def test_norms_at_their_start_know_nothing() -> None:
+    program = capture_as(gate_networks.residual(), torch.randn(2, 1, 8, 8), "fx")
+    anew = _with_new_weights(program, seed=1)
+    before = dict(program.module.named_parameters())
+    same = {n for n, p in anew.module.named_parameters() if torch.equal(p, before[n])}
+    norms = [n for n, m in program.module.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert same == {f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")}
 
 
 def test_every_look_of_the_dense_network_counts() -> None:

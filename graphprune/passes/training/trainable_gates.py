@@ -7,11 +7,13 @@ first version was called "Differentiable Pruning Method for Neural Networks").
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from graphprune.budget import parse_round_to, parse_target
-from graphprune.cost import Cost
+from graphprune.budget import Target, is_near, parse_round_to, parse_target
+from graphprune.cost import Cost, Resource
+from graphprune.cut import cut_program
 from graphprune.errors import DataError, PassError, UsageError
 from graphprune.gates.function import SHAPES, Shape
 from graphprune.gates.insertion import Gated, insert_gates
@@ -27,9 +29,12 @@ from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
 from graphprune.units import parse_granularity
+from graphprune.verify import verify_surgery
 
 __all__ = ["TrainableGates"]
 
+Shares = dict[Resource, float]
+"""Fractions of the dense program."""
 DISTILL = 0.5
 """Share of the loss that asks for the dense program's logits, where the task is a classification."""
 
@@ -39,7 +44,8 @@ class TrainableGates(Pass):
     """Train weights together with a gate per channel under a budget, and remove what is shut in the end.
 
     The graph stays as it is; the plan that comes with it removes the channels. Whatever the gates do, the plan meets
-    the target; how far they were from it by themselves is in the metrics.
+    the target; how far they were from it by themselves is in the metrics. The program with the gates as they are in
+    the end and the one that the plan leaves compute the same; the check ``gates`` proves it.
     """
 
     name: ClassVar[str] = "trainable-gates"
@@ -131,16 +137,26 @@ class TrainableGates(Pass):
         )
         trained = program.clone()
         if hook.is_cut:
-            write_slices(trained.module, outcome.program.module, plan.slices)
+            for whole in (trained, gated.program):
+                write_slices(whole.module, outcome.program.module, plan.slices)
         else:
             gated.to_original(trained)
         dense = groups.cost.total()
+        checks = {}
+        if context.verify:
+            cut = cut_program(trained, groups, choice.keep).program
+            checks["gates"] = verify_surgery(gated.program, cut)
+        own, chosen = (_shares(cost, dense, target) for cost in (hook.own_cost, choice.cost))
         return TrainingResult(
             program=trained,
             modified=True,
-            metrics=self._metrics(outcome, hook.own_cost, choice.cost, dense),
+            metrics=self._metrics(outcome, own, chosen),
             facts=(groups, plan),
-            kept=(*gated.kept, *self._distance(hook.own_cost, choice.cost, dense)),
+            kept=(
+                *gated.kept,
+                *self._distance(own, chosen, is_near=is_near(choice.cost, target, dense)),
+            ),
+            checks=checks,
         )
 
     def check(self, context: Context) -> None:
@@ -196,31 +212,40 @@ class TrainableGates(Pass):
         }
         return Recipe(**{**values, "distill": distill})
 
-    def _metrics(self, outcome: Outcome, own: Cost, chosen: Cost, dense: Cost) -> dict[str, float]:
+    def _metrics(self, outcome: Outcome, own: Shares, chosen: Shares) -> dict[str, float]:
         last = {
             f"{self.name}.{key}": float(value)
             for key, value in outcome.last.items()
             if isinstance(value, (int, float))
         }
         return last | {
-            f"{self.name}.own_macs": own.macs / max(1, dense.macs),
-            f"{self.name}.own_params": own.params / max(1, dense.params),
-            f"{self.name}.chosen_macs": chosen.macs / max(1, dense.macs),
-            f"{self.name}.chosen_params": chosen.params / max(1, dense.params),
+            f"{self.name}.{whose}_{name}": share
+            for whose, shares in (("own", own), ("chosen", chosen))
+            for name, share in shares.items()
         }
 
-    def _distance(self, own: Cost, chosen: Cost, dense: Cost) -> tuple[Kept, ...]:
-        """Say so where the gates did not come within 1 % of the target by themselves."""
-        macs = (own.macs - chosen.macs) / max(1, dense.macs)
-        params = (own.params - chosen.params) / max(1, dense.params)
-        if max(abs(macs), abs(params)) <= 0.01:
-            return ()
-        return (
-            Kept(
-                "gates",
-                f"by themselves they came to {own.macs / max(1, dense.macs):.1%} of the MACs and "
-                f"{own.params / max(1, dense.params):.1%} of the parameters; the choice under target "
-                f"{self.target!r} and round_to={self.round_to} has {chosen.macs / max(1, dense.macs):.1%} "
-                f"and {chosen.params / max(1, dense.params):.1%}",
-            ),
+    def _distance(self, own: Shares, chosen: Shares, *, is_near: bool) -> Iterator[Kept]:
+        """Say so where the gates are not within 1 % of the choice, or the choice not of the target."""
+        choice = (
+            f"the choice under target {self.target!r}, granularity={self.granularity} and "
+            f"round_to={self.round_to} has {_text(chosen)}"
         )
+        if max(abs(own[name] - share) for name, share in chosen.items()) > 0.01:
+            yield Kept("gates", f"by themselves they came to {_text(own)}; {choice}")
+        if not is_near:
+            yield Kept(
+                "target", f"{choice}: more than 1 % below, for what goes goes in larger steps"
+            )
+
+
+def _shares(cost: Cost, dense: Cost, target: Target) -> Shares:
+    """Return what is left of the MACs, the parameters, and whatever else the target limits."""
+    names: tuple[Resource, ...] = ("macs", "params", *target.resources)
+    return {name: getattr(cost, name) / max(1e-12, getattr(dense, name)) for name in names}
+
+
+def _text(shares: Shares) -> str:
+    nouns = {"macs": "MACs", "params": "parameters"}
+    return ", ".join(
+        f"{share:.1%} of the {nouns.get(name, name)}" for name, share in shares.items()
+    )
