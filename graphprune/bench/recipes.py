@@ -11,6 +11,8 @@ network costs a third of that more, a forward pass; an epoch of the cut network 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from graphprune.program import Program
 from graphprune.registry import methods as registered_methods
 from graphprune.textform import format_pass
 
-__all__ = ["Budget", "Row", "pipelines", "run_row", "to_markdown"]
+__all__ = ["Budget", "Key", "Row", "pipelines", "run_row", "to_markdown"]
 
 TEACHER = 1 / 3
 """What one look of the teacher costs in an epoch: the dense network's forward pass."""
@@ -67,14 +69,53 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What came of one method at one target."""
+class Key:
+    """What a row is the row of; of two runs with equal keys the second is not made."""
 
     method: str
     target: float
     seed: int
     compute: float
     """Allowed, in epochs of the dense network."""
+    gates: float | None = None
+    """Share of the compute that gates may take; None: there are none, or it was not recorded then."""
+    options: str = ""
+    """Of the training after the cut."""
+    data: str = ""
+    """As the user named it, and so the next two; empty: not recorded then."""
+    model: str = ""
+    weights: str = ""
+
+    @classmethod
+    def of(
+        cls, method: str, budget: Budget, *, seed: int, data: str, model: str, weights: str
+    ) -> Key:
+        """Return the key of a method under a budget."""
+        return cls(
+            method=method,
+            target=budget.target,
+            seed=seed,
+            compute=budget.compute,
+            gates=budget.gates if method == GATES else None,
+            options=budget.options,
+            data=data,
+            model=model,
+            weights=weights,
+        )
+
+    def folder(self) -> str:
+        """Return a name for the folder of the run's state: what can be read of it, and a hash of all of it."""
+        parts = [self.method, f"{self.target:g}", str(self.seed), f"{self.compute:g}"]
+        parts += [] if self.gates is None else [f"gates={self.gates:g}"]
+        text = re.sub(r"[^\w.=+-]", "_", "-".join([*parts, *self.options.split()]))
+        values = [getattr(self, field.name) for field in dataclasses.fields(Key)]
+        return f"{text[:100]}-{hashlib.sha256(repr(values).encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Key):
+    """What came of one method at one target."""
+
     epochs: str
     """Trained: with gates + after the cut."""
     macs: float
@@ -85,8 +126,11 @@ class Row:
     """On the test set, after the last epoch."""
     seconds: float | None
     """None where the row was interrupted, and went on from its checkpoint."""
-    options: str = ""
-    """Of the training after the cut."""
+
+    @property
+    def key(self) -> Key:
+        """What the row is the row of."""
+        return Key(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Key)})
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -132,6 +176,8 @@ def run_row(
     method: str,
     budget: Budget,
     *,
+    model: str = "",
+    weights: str = "",
     seed: int = 0,
     device: str = "auto",
     checkpoints: Path | None = None,
@@ -164,17 +210,14 @@ def run_row(
         resume=checkpoints is not None,
     )
     seconds = time.perf_counter() - started
+    key = Key.of(method, budget, seed=seed, data=data.name, model=model, weights=weights)
     return Row(
-        method=method,
-        target=budget.target,
-        seed=seed,
-        compute=budget.compute,
+        **dataclasses.asdict(key),
         epochs=epochs,
         macs=analyze(result.program).cost.macs / analyze(dense).cost.macs,
         cut_accuracy=accuracies[0],
         accuracy=evaluate(result.program.module, data.test(250), device=device),
         seconds=seconds if fresh else None,
-        options=budget.options,
     )
 
 

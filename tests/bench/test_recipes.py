@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from torch import nn
 from graphprune.bench.recipes import (
     TEACHER,
     Budget,
+    Key,
     Row,
     _with_new_weights,
     pipelines,
@@ -166,4 +169,41 @@ def test_the_tool_measures_once_and_writes_a_table(tmp_path: Path) -> None:
     assert "| magnitude | 0 + 1 |" in first.stdout
     assert "magnitude at 0." in first.stderr
     assert "magnitude at" not in again.stderr
-    assert len(log.read_text(encoding="utf-8").splitlines()) == 1
+    (line,) = log.read_text(encoding="utf-8").splitlines()
+    (state,) = log.with_suffix("").iterdir()
+    row = Row(**json.loads(line))
+    assert state.name == row.key.folder()
+    named = row.data, row.model, row.weights, row.gates
+    assert named == ("digits,holdout=0.2", "graphprune.demo:DigitsNet", "", None)
+    command[command.index("digits,holdout=0.2")] = "digits,holdout=0.3"
+    other = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "magnitude at" in other.stderr
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_row_is_known_by_all_that_it_was_asked_for() -> None:
+    def key(method: str = "trainable-gates", **changed: Any) -> Key:
+        names = {"data": "cifar10:/data", "model": "tests.models:resnet56", "weights": "a/b.pt"}
+        shares = {"gates": changed.pop("gates", 0.2), "options": changed.pop("options", "")}
+        budget = Budget(compute=36.0, target=0.5, **shares)
+        return Key.of(method, budget, **{"seed": 0, **names, **changed})
+
+    keys = [
+        key(),
+        *(key(gates=0.5), key(data="cifar10:/data,holdout=0.1"), key(model="a:b"), key(seed=1)),
+        *(key(weights="c.pt"), key(options="lr=0.05"), key("obs"), key(options="mixup=1.0 " * 20)),
+    ]
+    assert len(set(keys)) == len({k.folder() for k in keys}) == len(keys)
+    assert all(re.fullmatch(r"[\w.=+-]{1,109}", k.folder()) for k in keys)
+    assert keys[0].folder().startswith("trainable-gates-0.5-0-36-gates=0.2-")
+    assert key("obs", gates=0.5) == key("obs")
+
+
+def test_rows_from_before_names_were_recorded_are_read() -> None:
+    text = (
+        '{"method": "obs", "target": 0.5, "seed": 0, "compute": 5.0, "epochs": "0 + 6", "macs": 0.5, '
+        '"cut_accuracy": 0.9, "accuracy": 0.92, "seconds": 9.0, "options": "lr=0.05"}'
+    )
+    row = Row(**json.loads(text))
+    assert (row.gates, row.data, row.model, row.weights) == (None, "", "", "")
+    assert row.key == Key(method="obs", target=0.5, seed=0, compute=5.0, options="lr=0.05")
