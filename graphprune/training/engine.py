@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Subset
 
+from graphprune.checkpoint import Checkpoint, absolute_sums
 from graphprune.data import DataSource, TensorImages, innermost
 from graphprune.errors import DataError, TrainingError, UsageError
 from graphprune.plan import fingerprint
@@ -30,7 +31,6 @@ from graphprune.progress import Progress, SilentProgress
 from graphprune.training import randomness
 from graphprune.training.average import WeightAverage
 from graphprune.training.batches import Batches
-from graphprune.training.checkpoint import Checkpoint
 from graphprune.training.compiled import compiled
 from graphprune.training.distill import Teacher
 from graphprune.training.features import insert_taps, stages
@@ -103,6 +103,8 @@ class Trainer:
     """Whether to go on from the state in that folder, if there is one."""
     name: str = "training"
     """What the run is called; part of what a checkpoint must agree with."""
+    costs: str | None = None
+    """Measured costs that decide where the training goes, if any; they too must agree."""
     macs: int | None = None
     """Multiply-accumulates of the program, to be shown; a hook may know better."""
 
@@ -149,7 +151,7 @@ class _Run:
         self.task = trainer.task
         self.device: torch.device = accelerator.device
         self.is_main: bool = accelerator.is_main_process
-        self.weights = _absolute_sums(self.program)
+        self.weights = absolute_sums(self.program)
         self.batches = self._batches()
         self.placement = Placement(self.program, self.task, self.device)
         self.placement.must_take(
@@ -446,6 +448,7 @@ class _Run:
             {
                 "run": trainer.name,
                 "program": fingerprint(self.program),
+                "costs": trainer.costs,
                 "weights": self.weights,
                 "data": trainer.data.name,
                 "seed": trainer.seed,
@@ -531,12 +534,6 @@ class _Run:
     def _macs(self) -> int | None:
         known = [m for hook in self.trainer.hooks if (m := hook.macs()) is not None]
         return known[-1] if known else self.trainer.macs
-
-
-def _absolute_sums(program: Program) -> Tensor:
-    """Return one number per parameter, by which a checkpoint tells one model from another."""
-    sums = [p.detach().abs().sum(dtype=torch.float64).cpu() for p in program.module.parameters()]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
 def _detached(value: Any) -> Any:

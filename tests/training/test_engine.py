@@ -402,7 +402,7 @@ def test_without_resume_a_run_starts_over(tmp_path: Path) -> None:
 def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     fit(program(), RECIPE, checkpoint=tmp_path, name="fine-tune")
     common: dict[str, Any] = {"checkpoint": tmp_path, "resume": True}
-    with pytest.raises(CheckpointError, match="its training is 'fine-tune', this run's is 'other'"):
+    with pytest.raises(CheckpointError, match="its pass is 'fine-tune', this run's is 'other'"):
         fit(program(), RECIPE, name="other", **common)
     with pytest.raises(CheckpointError, match="its weights to start from is of absolute sum"):
         fit(program(seed=1), RECIPE, name="fine-tune", **common)

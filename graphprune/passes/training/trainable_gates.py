@@ -166,6 +166,7 @@ class TrainableGates(Pass):
             field.name: getattr(self, field.name) for field in fields(Recipe) if field.name in own
         }
         assert context.data is not None
+        measured, dense = gated.groups.cost.measured, gated.groups.cost.total()
         trainer = Trainer(
             program=gated.program,
             recipe=Recipe(**{**values, "distill": distill}),
@@ -179,6 +180,7 @@ class TrainableGates(Pass):
             checkpoint=context.checkpoint,
             resume=context.resume,
             name=self.spec(),
+            costs=" ".join(f"{name}={getattr(dense, name):.6g}" for name in measured) or None,
         )
         outcome = trainer.fit()
         publish(outcome.history, out=context.out, checkpoint=context.checkpoint)

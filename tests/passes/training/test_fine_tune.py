@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 import graphprune as gp
+from graphprune.checkpoint import Checkpoint
 from graphprune.cli import main
 from graphprune.defaults import default_pipeline, replay_pipeline
 from graphprune.errors import CheckpointError, DataError, UsageError
 from graphprune.passes.training import FineTune
 from graphprune.pipeline import Context, Pipeline
 from graphprune.program import Dialect, Program
-from graphprune.training.checkpoint import Checkpoint
 from tests.training.networks import Net, children, data, program, regression, regression_data
 
 __all__ = ["make", "regression", "regression_data"]

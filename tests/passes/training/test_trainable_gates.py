@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.capture import capture
+from graphprune.checkpoint import Checkpoint
 from graphprune.data import DataSource, evaluate, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, PassError, TargetError, UsageError
@@ -21,7 +22,6 @@ from graphprune.passes.training import FineTune, TrainableGates
 from graphprune.pipeline import Context, Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.training.checkpoint import Checkpoint
 from tests import gate_networks
 from tests.exactness import capture_as
 from tests.training.networks import data as bright
