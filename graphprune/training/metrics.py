@@ -30,7 +30,8 @@ def publish(
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(line)}\n" for line in history)
     if checkpoint is not None and (checkpoint / EVENTS).is_dir():
-        shutil.copytree(checkpoint / EVENTS, out / EVENTS / checkpoint.name)
+        # over those of an earlier run in the same folder, which the new ones hide
+        shutil.copytree(checkpoint / EVENTS, out / EVENTS / checkpoint.name, dirs_exist_ok=True)
 
 
 class EventWriter:
