@@ -17,6 +17,7 @@ __all__ = ["EXTRAS", "diagnose"]
 
 EXTRAS = {
     "demo": ("sklearn",),
+    "tensorboard": ("tensorboard",),
     "timm": ("timm",),
     "transformers": ("transformers",),
     "bench": ("torch_pruning", "timm"),

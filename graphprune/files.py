@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from graphprune.errors import OutputError
 
-__all__ = ["prepare_out", "write_atomic"]
+__all__ = ["json_line", "prepare_out", "write_atomic"]
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """Return a JSON object in one line; JSON has no word for a number that is none, and says null."""
+    return json.dumps(
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    )
 
 
 @contextlib.contextmanager

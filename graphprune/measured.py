@@ -9,15 +9,20 @@ program are exported and timed where it will run, and
 is fitted to them, with coefficients that are not negative. A contraction is thin where a result takes few
 multiplications, as in a depthwise convolution: memory limits it, not arithmetic. All terms are sums of products of
 counts, as MACs are, so what chooses channels by MACs chooses by milliseconds.
+
+No two measurements are alike. What a run measured is kept with the state of its training (`Measurements`), and all
+that was decided follows from it: a run that goes on reads it there, and trains what the interrupted one trained.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -26,18 +31,30 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from graphprune.budget import Target, choose
+from graphprune.checkpoint import MEASURED, Checkpoint, absolute_sums
 from graphprune.cost import Cost, Keep, Products, Resource, element_term
 from graphprune.cut import cut_program
-from graphprune.errors import AnalysisError, TargetError
+from graphprune.devices import is_main_process
+from graphprune.errors import AnalysisError, CheckpointError, TargetError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import tensor_infos
 from graphprune.onnx_export import export_onnx
+from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.runtime import bench
 from graphprune.units import Units, find_units
 
-__all__ = ["Cuts", "Fit", "exported_cuts", "fit_latency", "land", "probes", "size_products"]
+__all__ = [
+    "Cuts",
+    "Fit",
+    "Measurements",
+    "exported_cuts",
+    "fit_latency",
+    "land",
+    "probes",
+    "size_products",
+]
 
 THIN = 64
 """A result of so many multiplications, or fewer, costs the memory that it touches."""
@@ -116,13 +133,79 @@ def _slanted(
     return slanted
 
 
-class Cuts:
-    """The files of cuts of a program, each exported once."""
+class Measurements:
+    """What one pass measured, in order; a run that goes on with another one reads it before it measures."""
 
-    def __init__(self, program: Program, groups: DependencyGroups, folder: Path) -> None:
+    def __init__(self, step: str, program: Program, context: Context) -> None:
+        """Keep what the pass `step` measures of `program` in its folder of the run's checkpoints, if it has one."""
+        self.step = step
+        self.program = program
+        self.context = context
+        self.number = 0
+
+    def recall(
+        self, what: str, choices: Sequence[Keep], measure: Callable[[], list[float]]
+    ) -> list[float]:
+        """Return the next measurement, made by `measure` where an interrupted run has not come that far.
+
+        Raises:
+            CheckpointError: That run was another one: of another command, or one that measured other cuts.
+        """
+        digest = hashlib.sha256(b"".join(keep.tobytes() for keep in choices)).hexdigest()
+        if self.number == len(self._entries):
+            self._entries.append((what, digest, measure()))
+            self._save()
+        *found, values = self._entries[self.number]
+        if found != [what, digest]:
+            assert self._checkpoint is not None
+            raise CheckpointError(
+                f"checkpoint {str(self._checkpoint.path)!r} belongs to another run: measurement {self.number + 1} of "
+                f"{self.step} is of other cuts than this run chooses; repeat the command that was interrupted, "
+                "or start over without --resume"
+            )
+        self.number += 1
+        return values
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint | None:
+        if self.context.checkpoint is None:
+            return None
+        identity = {
+            "run": self.step,
+            "program": hashlib.sha256(str(self.program).encode()).hexdigest()[:16],
+            "weights": absolute_sums(self.program),
+            "seed": self.context.seed,
+        }
+        return Checkpoint(self.context.checkpoint, identity, name=MEASURED)
+
+    @cached_property
+    def _entries(self) -> list[tuple[str, str, list[float]]]:
+        if self._checkpoint is None:
+            return []
+        if is_main_process():
+            self._checkpoint.prepare(keep=self.context.resume)
+        state = self._checkpoint.load() if self.context.resume else None
+        return [] if state is None else state["entries"]
+
+    def _save(self) -> None:
+        if self._checkpoint is not None and is_main_process():
+            self._checkpoint.save({"entries": self._entries})
+
+
+class Cuts:
+    """The files of cuts of a program, each exported once, and what was measured of them."""
+
+    def __init__(
+        self,
+        program: Program,
+        groups: DependencyGroups,
+        folder: Path,
+        measurements: Measurements | None = None,
+    ) -> None:
         self.program = program
         self.groups = groups
         self.folder = folder
+        self.measurements = measurements
         self._paths: dict[bytes, Path] = {}
 
     def path(self, keep: Keep) -> Path:
@@ -141,20 +224,45 @@ class Cuts:
 
     def num_bytes(self, keep: Keep) -> int:
         """Return the size of the file."""
-        return self.path(keep).stat().st_size
+        (found,) = self._recall("bytes", [keep], lambda: [float(self.path(keep).stat().st_size)])
+        return int(found)
 
-    def milliseconds(self, choices: Sequence[Keep], *, device: str, seed: int = 0) -> list[float]:
-        """Return how long each takes for one sample, timed in turns."""
-        inputs = self.program.batch(1, seed=seed)
-        paths = [self.path(keep) for keep in choices]
-        return [found.median_ms for found in bench(paths, inputs, device=device, budget_s=SECONDS)]
+    def milliseconds(
+        self,
+        choices: Sequence[Keep],
+        *,
+        device: str,
+        seed: int = 0,
+        advance: Callable[[], None] = lambda: None,
+    ) -> list[float]:
+        """Return how long each takes for one sample, timed in turns; `advance` is called after every export."""
+
+        def measure() -> list[float]:
+            paths = []
+            for keep in choices:
+                paths.append(self.path(keep))
+                advance()
+            inputs = self.program.batch(1, seed=seed)
+            found = bench(paths, inputs, device=device, budget_s=SECONDS)
+            return [latency.median_ms for latency in found]
+
+        return self._recall("milliseconds", choices, measure)
+
+    def _recall(
+        self, what: str, choices: Sequence[Keep], measure: Callable[[], list[float]]
+    ) -> list[float]:
+        if self.measurements is None:
+            return measure()
+        return self.measurements.recall(what, choices, measure)
 
 
 @contextmanager
-def exported_cuts(program: Program, groups: DependencyGroups) -> Iterator[Cuts]:
+def exported_cuts(
+    program: Program, groups: DependencyGroups, measurements: Measurements | None = None
+) -> Iterator[Cuts]:
     """Yield `Cuts` whose files are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-        yield Cuts(program, groups, Path(folder))
+        yield Cuts(program, groups, Path(folder), measurements)
 
 
 def fit_latency(
@@ -216,6 +324,7 @@ def land(
     *,
     device: str,
     seed: int = 0,
+    measurements: Measurements | None = None,
 ) -> C:
     """Return a choice that meets its limits on size and latency when it is exported and timed.
 
@@ -230,6 +339,7 @@ def land(
         decide: Makes a choice with the costs that it is given, and raises TargetError where there is none.
         device: Where to time.
         seed: Seed of the inputs.
+        measurements: Where to keep what is measured; nowhere unless given.
 
     Raises:
         TargetError: No choice that was measured meets the limits; the message says what was measured.
@@ -239,7 +349,7 @@ def land(
         return choice
     best: tuple[float, C] | None = None
     seen: list[Mapping[Resource, _Share]] = []
-    with exported_cuts(program, groups) as cuts:
+    with exported_cuts(program, groups, measurements) as cuts:
         for _ in range(ROUNDS):
             shares = _shares(cuts, choice.keep, target, device=device, seed=seed)
             seen.append(shares)

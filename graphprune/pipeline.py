@@ -305,7 +305,8 @@ class Pipeline:
             verify: Prove every surgery exact, and whatever else a pass promises.
             callbacks: Called between passes with (previous, program, next).
             progress: Where long work is shown; nowhere unless given.
-            checkpoints: Folder in which training passes keep their state; none unless given. It is left as it is.
+            checkpoints: Folder in which passes that train or measure keep their state; none unless given. It is left
+                as it is.
             resume: Go on from the states in that folder.
 
         Raises:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from graphprune.checkpoint import MEASURED
 from graphprune.devices import is_main_process
 from graphprune.errors import OutputError, UsageError
 from graphprune.files import prepare_out
@@ -61,7 +62,8 @@ class Staging:
 def staging(out: str | Path | None, *, resume: bool = False) -> Iterator[Staging]:
     """Yield a folder to write into; after an error nothing of it, nor of a folder made for it, is left.
 
-    What stays is the state of a training that was under way, for a run with `resume` to go on from.
+    What stays is the state of a training that was under way, and what was measured for it, for a run with `resume` to
+    go on from.
 
     Raises:
         UsageError: There is no folder to resume in.
@@ -88,7 +90,15 @@ def staging(out: str | Path | None, *, resume: bool = False) -> Iterator[Staging
         is_delivered = True
     finally:
         if not is_delivered:
+            _forget_unless_trained(folder / CHECKPOINTS)
             for path in made:
                 # somebody else may have put a file there meanwhile
                 with contextlib.suppress(OSError):
                     path.rmdir()
+
+
+def _forget_unless_trained(checkpoints: Path) -> None:
+    """Remove what was measured for a training that has no state yet: a run that starts over measures anew."""
+    files = (path for path in checkpoints.rglob("*") if path.is_file())
+    if is_main_process() and all(path.name == MEASURED for path in files):
+        shutil.rmtree(checkpoints, ignore_errors=True)

@@ -6,14 +6,17 @@ Results go to standard output, progress and messages to standard error. Exit sta
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Sequence
 
 import typer
 
+from graphprune import registry, textform
 from graphprune.cli.lists import demo, doctor, methods, passes
 from graphprune.cli.models import apply, bench, compile, evaluate, inspect
+from graphprune.defaults import DEFAULT_METHOD
 from graphprune.errors import GraphpruneError, UsageError
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -76,9 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_interrupted(arguments: Sequence[str]) -> None:
-    trains = "compile" in arguments and ("--epochs" in arguments or "--passes" in arguments)
-    hint = "; the same command with --resume goes on with a training" if trains else ""
+    hint = "; the same command with --resume goes on with a training" if _trains(arguments) else ""
     print(f"error: interrupted{hint}", file=sys.stderr)
+
+
+def _trains(arguments: Sequence[str]) -> bool:
+    """Return whether the command has a training to go on with: epochs, or a pass that keeps the state of one."""
+    if list(arguments[:1]) != ["compile"]:
+        return False
+    command = typer.main.get_group(app).commands["compile"]
+    given = command.make_context("compile", list(arguments[1:]), resilient_parsing=True).params
+    if given["epochs"]:
+        return True
+    with contextlib.suppress(UsageError):  # a text that nobody had read yet
+        steps = textform.parse(given["passes"] or given["method"] or DEFAULT_METHOD)
+        return any(hasattr(registry.load(step.name), "checkpoint_seconds") for step in steps)
+    return False
 
 
 def _print_error(error: Exception, message: str, *, is_debug: bool) -> None:

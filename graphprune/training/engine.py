@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphprune.checkpoint import Checkpoint, absolute_sums
 from graphprune.data import DataSource
 from graphprune.errors import TrainingError
 from graphprune.plan import fingerprint
@@ -28,7 +29,6 @@ from graphprune.program import Program
 from graphprune.progress import Progress, SilentProgress
 from graphprune.training import randomness
 from graphprune.training.batches import Batches
-from graphprune.training.checkpoint import Checkpoint
 from graphprune.training.evaluation import evaluate, settle_norms
 from graphprune.training.metrics import EVENTS, EventWriter
 from graphprune.training.mixup import Blend
@@ -97,6 +97,8 @@ class Trainer:
     """Whether to go on from the state in that folder, if there is one."""
     name: str = "training"
     """What the run is called; part of what a checkpoint must agree with."""
+    costs: str | None = None
+    """Measured costs that decide where the training goes, if any; they too must agree."""
     macs: int | None = None
     """Multiply-accumulates of the program, to be shown; a hook may know better."""
 
@@ -143,7 +145,7 @@ class _Run:
         self.task = trainer.task
         self.device: torch.device = accelerator.device
         self.is_main: bool = accelerator.is_main_process
-        self.weights = _absolute_sums(trainer.program)
+        self.weights = absolute_sums(trainer.program)
         self.batches = self._batches()
         self.epoch = self.step = 0
         self.operated: int | None = None
@@ -373,6 +375,7 @@ class _Run:
                 "run": trainer.name,
                 "recipe": repr(self.recipe),
                 "program": fingerprint(trainer.program),
+                "costs": trainer.costs,
                 "weights": self.weights,
                 "data": trainer.data.name,
                 "seed": trainer.seed,
@@ -452,12 +455,6 @@ class _Run:
     def _macs(self) -> int | None:
         known = [m for hook in self.trainer.hooks if (m := hook.macs()) is not None]
         return known[-1] if known else self.trainer.macs
-
-
-def _absolute_sums(program: Program) -> Tensor:
-    """Return one number per parameter, by which a checkpoint tells one model from another."""
-    sums = [p.detach().abs().sum(dtype=torch.float64).cpu() for p in program.module.parameters()]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
 def _detached(value: Any) -> Any:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EVENTS", "EventWriter", "publish", "to_json"]
+from graphprune.files import json_line
+
+__all__ = ["EVENTS", "EventWriter", "publish"]
 
 EVENTS = "tensorboard"
 """Folder of event files, in that of a checkpoint and in the output."""
-
-
-def to_json(line: Mapping[str, Any]) -> str:
-    """Return one epoch's metrics as a JSON object; JSON has no word for what is no number, and says null."""
-    return json.dumps(
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    )
 
 
 def publish(
@@ -36,9 +29,10 @@ def publish(
     if out is None or not history:
         return
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(f"{to_json(line)}\n" for line in history)
+        file.writelines(f"{json_line(line)}\n" for line in history)
     if checkpoint is not None and (checkpoint / EVENTS).is_dir():
-        shutil.copytree(checkpoint / EVENTS, out / EVENTS / checkpoint.name)
+        # over those of an earlier run in the same folder, which the new ones hide
+        shutil.copytree(checkpoint / EVENTS, out / EVENTS / checkpoint.name, dirs_exist_ok=True)
 
 
 class EventWriter:

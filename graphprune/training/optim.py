@@ -216,10 +216,11 @@ def _scheduler(text: str, name: str) -> type[LRScheduler]:
         if isinstance(v, type)
         and issubclass(v, LRScheduler)
         and v not in (LRScheduler, *_NEED_FUNCTIONS)
+        and not k.startswith("_")  # an old name of the base class
     }
     found: type[LRScheduler] | None = known.get(re.sub("lr$", "", _plain(name)))
     if found is None:
-        names = ", ".join([*_OWN, *sorted(known)])
+        names = ", ".join(dict.fromkeys([*_OWN, *sorted(known)]))
         raise UsageError(f"schedule: expected one of {names}, found {name!r}")
     return found
 

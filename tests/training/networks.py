@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch.utils.data import TensorDataset
 from graphprune.data import DataSource
 from graphprune.program import Dialect, Program
 from graphprune.training import Task
+from graphprune.training.metrics import EVENTS
 
 __all__ = [
     "Net",
     "children",
     "data",
+    "files",
     "images",
     "norm_free",
     "program",
@@ -31,6 +34,11 @@ def children() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "graphprune.training", __name__])
     return context
+
+
+def files(folder: Path) -> set[str]:
+    """Return what is visible in a folder, but for the event files that come where TensorBoard is installed."""
+    return {path.name for path in folder.glob("[!.]*")} - {EVENTS}
 
 
 class Net(nn.Module):

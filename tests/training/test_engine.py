@@ -20,7 +20,7 @@ from graphprune.errors import CheckpointError, DataError, TrainingError, UsageEr
 from graphprune.files import write_atomic
 from graphprune.program import Dialect, Program
 from graphprune.training import Hook, Moment, Outcome, Recipe, Task, Trainer
-from tests.training.networks import children, data, norm_free, program
+from tests.training.networks import children, data, files, norm_free, program
 
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, precision="float32")
 
@@ -370,8 +370,7 @@ def _killed_then_resumed(tmp_path: Path, moments: int) -> None:
                 os.kill(child.pid, signal.SIGKILL)
                 child.join()
                 kills += 1
-            visible = {p.name for p in folder.glob("*") if not p.name.startswith(".")}
-            assert visible <= {"state.pt", "metrics.jsonl"}
+            assert files(folder) <= {"state.pt", "metrics.jsonl"}
             if (folder / "state.pt").exists():
                 torch.load(folder / "state.pt", weights_only=True)
         assert_equal(tensors(whole), torch.load(result, weights_only=True))
@@ -396,13 +395,14 @@ def test_without_resume_a_run_starts_over(tmp_path: Path) -> None:
     fit(afresh, EVERY_STEP, checkpoint=tmp_path)
     fit(whole, EVERY_STEP)
     assert_equal(tensors(afresh), tensors(whole))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "state.pt"]
+    assert files(tmp_path) == {"metrics.jsonl", "state.pt"}
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     fit(program(), RECIPE, checkpoint=tmp_path, name="fine-tune")
     common: dict[str, Any] = {"checkpoint": tmp_path, "resume": True}
-    with pytest.raises(CheckpointError, match="its training is 'fine-tune', this run's is 'other'"):
+    with pytest.raises(CheckpointError, match="its pass is 'fine-tune', this run's is 'other'"):
         fit(program(), RECIPE, name="other", **common)
     with pytest.raises(CheckpointError, match="its weights to start from is of absolute sum"):
         fit(program(seed=1), RECIPE, name="fine-tune", **common)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from graphprune.budget import Choice, choose, parse_round_to, parse_target
 from graphprune.groups import DependencyGroups
-from graphprune.measured import land
+from graphprune.measured import Measurements, land
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -53,7 +53,13 @@ class ChooseChannels(Pass):
             )
 
         choice = land(
-            program, groups, target, decide, device=context.runtime_device, seed=context.seed
+            program,
+            groups,
+            target,
+            decide,
+            device=context.runtime_device,
+            seed=context.seed,
+            measurements=Measurements(self.spec(), program, context),
         )
         return Plan.of(
             program,

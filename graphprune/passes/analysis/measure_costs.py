@@ -9,7 +9,13 @@ from typing import ClassVar
 
 from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups
-from graphprune.measured import exported_cuts, fit_latency, probes, size_products
+from graphprune.measured import (
+    Measurements,
+    exported_cuts,
+    fit_latency,
+    probes,
+    size_products,
+)
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 
@@ -46,15 +52,17 @@ class MeasureCosts(Pass):
         choices = probes(groups, seed=context.seed) if self.latency else [everything]
         with (
             context.progress.task("measure costs", len(choices)) as task,
-            exported_cuts(program, groups) as cuts,
+            exported_cuts(program, groups, Measurements(self.spec(), program, context)) as cuts,
         ):
-            for keep in choices:
-                cuts.path(keep)
-                task.advance()
             sizes = size_products(program, groups, cuts.num_bytes(everything))
             cost = groups.cost.with_measured("size", sizes)
             if self.latency:
-                times = cuts.milliseconds(choices, device=context.runtime_device, seed=context.seed)
+                times = cuts.milliseconds(
+                    choices,
+                    device=context.runtime_device,
+                    seed=context.seed,
+                    advance=task.advance,
+                )
                 fit = fit_latency(groups, choices, times)
                 cost = cost.with_measured("latency", fit.products(groups))
         return dataclasses.replace(groups, cost=cost)

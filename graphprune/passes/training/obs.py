@@ -32,7 +32,7 @@ from graphprune.budget import (
 from graphprune.cost import CostModel, Keep
 from graphprune.errors import DataError, PassError, TargetError
 from graphprune.groups import DependencyGroups
-from graphprune.measured import land
+from graphprune.measured import Measurements, land
 from graphprune.outcome import Kept
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
@@ -293,6 +293,7 @@ class _Surgeon:
             decide,
             device=self.context.runtime_device,
             seed=self.context.seed,
+            measurements=Measurements(self.options.spec(), self.program, self.context),
         ).removed
 
     def _allocated(

@@ -184,6 +184,7 @@ class TrainableGates(Pass):
         task = load_task(self.task)
         recipe = self._recipe(task)
         assert context.data is not None
+        measured, dense = gated.groups.cost.measured, gated.groups.cost.total()
         trainer = Trainer(
             program=gated.program,
             recipe=recipe,
@@ -197,6 +198,7 @@ class TrainableGates(Pass):
             checkpoint=context.checkpoint,
             resume=context.resume,
             name=self.spec(),
+            costs=" ".join(f"{name}={getattr(dense, name):.6g}" for name in measured) or None,
         )
         outcome = trainer.fit()
         publish(outcome.history, out=context.out, checkpoint=context.checkpoint)

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 import graphprune as gp
+from graphprune.checkpoint import Checkpoint
 from graphprune.cli import main
 from graphprune.defaults import default_pipeline, replay_pipeline
 from graphprune.errors import CheckpointError, DataError, UsageError
 from graphprune.passes.training import FineTune
 from graphprune.pipeline import Context, Pipeline
 from graphprune.program import Dialect, Program
-from graphprune.training.checkpoint import Checkpoint
-from tests.training.networks import Net, children, data, program, regression, regression_data
+from tests.training.networks import Net, children, data, files, program, regression, regression_data
 
 __all__ = ["make", "regression", "regression_data"]
 
@@ -213,8 +213,7 @@ def test_compile_trains_what_it_has_cut(tmp_path: Path) -> None:
     assert tuned.report.after.macs == cut.report.after.macs
     assert str(tuned.program) == str(cut.program)
     assert tuned.report.checks["surgery"] is not None
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"metrics.jsonl", "plan.json", "report.html", "report.json"}
+    assert files(tmp_path) == {"metrics.jsonl", "plan.json", "report.html", "report.json"}
     assert tmp_path / "metrics.jsonl" in tuned.files
 
 
@@ -309,8 +308,7 @@ def test_an_interrupted_command_goes_on_with_resume(
     assert {p.name for p in broken.iterdir()} == {"checkpoints"}
     assert _compile(broken, "--resume") == 0
     assert len(saves) == 3 * 11  # the rest of the steps, none of them twice
-    files = {"metrics.jsonl", "plan.json", "report.html", "report.json"}
-    assert {p.name for p in broken.iterdir()} == files
+    assert files(broken) == {"metrics.jsonl", "plan.json", "report.html", "report.json"}
     a, b = (
         [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         for out in (whole, broken)
@@ -340,7 +338,7 @@ def test_an_error_keeps_the_state_of_a_training(tmp_path: Path) -> None:
     pipeline = Pipeline([FineTune(epochs=2, precision="float32")])
     before = program()
     pipeline.run(before, data=data(), device="cpu", checkpoints=folder)
-    assert {p.name for p in (folder / "1-fine-tune").iterdir()} == {"metrics.jsonl", "state.pt"}
+    assert files(folder / "1-fine-tune") == {"metrics.jsonl", "state.pt"}
     with pytest.raises(CheckpointError, match="belongs to another run") as caught:
         Pipeline([FineTune(epochs=3, precision="float32")]).run(
             before, data=data(), device="cpu", checkpoints=folder, resume=True

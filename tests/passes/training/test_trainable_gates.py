@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.budget import parse_target
 from graphprune.capture import capture
+from graphprune.checkpoint import Checkpoint
 from graphprune.cost import Products
 from graphprune.data import DataSource, evaluate, load_data
 from graphprune.defaults import default_pipeline
@@ -28,7 +29,6 @@ from graphprune.pipeline import Context, Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.training import slice_tensors
-from graphprune.training.checkpoint import Checkpoint
 from tests import gate_networks
 from tests.exactness import ERROR, capture_as
 from tests.training.networks import data as bright

@@ -1,7 +1,7 @@
-"""Checkpoints: everything that a training goes on from, in one file that is whole or absent.
+"""Checkpoints: everything that an interrupted pass goes on from, in one file that is whole or absent.
 
-A folder holds ``state.pt``, the last state, and ``metrics.jsonl``, one line per epoch so far. The state is read
-without running code from the file.
+The folder of a training holds ``state.pt``, its last state, and ``metrics.jsonl``, one line per epoch so far; that of
+a pass that measures holds ``measured.pt`` (`graphprune.measured`). States are read without running code from the file.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from typing import Any
 import torch
 
 from graphprune.errors import CheckpointError
-from graphprune.files import prepare_out, write_atomic
-from graphprune.training.metrics import to_json
+from graphprune.files import json_line, prepare_out, write_atomic
+from graphprune.program import Program
 
-__all__ = ["Checkpoint"]
+__all__ = ["MEASURED", "Checkpoint", "absolute_sums"]
+
+MEASURED = "measured.pt"
+"""State of a pass that measures; by itself, without that of a training, nothing goes on from it."""
 
 VERSION = 2
 
 _NOUNS = {
-    "run": "training",
+    "run": "pass",
     "recipe": "recipe",
     "program": "program",
+    "costs": "measured costs",
     "weights": "weights to start from",
     "data": "data",
     "seed": "seed",
@@ -38,13 +42,15 @@ _WEIGHTS_RTOL = 1e-3
 
 
 class Checkpoint:
-    """The folder in which one training keeps its state."""
+    """The folder in which one pass keeps its state."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Use `folder`; `identity` says which training this is: a value for each of the names that are compared."""
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], *, name: str = "state.pt"
+    ) -> None:
+        """Use the file `name` in `folder`; `identity` holds what is compared to tell one run from another."""
         self.folder = folder
         self.identity = dict(identity)
-        self.path = folder / "state.pt"
+        self.path = folder / name
         self.metrics = folder / "metrics.jsonl"
 
     def prepare(self, *, keep: bool) -> None:
@@ -59,7 +65,7 @@ class Checkpoint:
         """Return the last state; None where there is none yet.
 
         Raises:
-            CheckpointError: The file cannot be read, or another training wrote it.
+            CheckpointError: The file cannot be read, or another run wrote it.
         """
         if not self.path.exists():
             return None
@@ -100,7 +106,15 @@ class Checkpoint:
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write the metrics of all epochs so far, one JSON object a line."""
         with write_atomic(self.metrics) as temporary:
-            temporary.write_text("".join(f"{to_json(line)}\n" for line in lines), encoding="utf-8")
+            temporary.write_text(
+                "".join(f"{json_line(line)}\n" for line in lines), encoding="utf-8"
+            )
+
+
+def absolute_sums(program: Program) -> torch.Tensor:
+    """Return one number per parameter, by which a checkpoint tells one model from another."""
+    sums = [p.detach().abs().sum(dtype=torch.float64).cpu() for p in program.module.parameters()]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
 def _is_same(a: Any, b: Any) -> bool:
