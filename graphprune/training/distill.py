@@ -50,7 +50,7 @@ class Teacher:
         device: torch.device,
         memory_format: torch.memory_format,
         compares_outputs: bool = True,
-        stages: Mapping[str, int] | None = None,
+        stages: Mapping[str, tuple[int, ...]] | None = None,
         steps: int = 0,
     ) -> None:
         """Take a copy of `program` to `device`; the program itself stays where it is.
@@ -63,7 +63,7 @@ class Teacher:
             device: Where the student is.
             memory_format: As the student's.
             compares_outputs: Whether `distance` will be asked for, and not `feature_distance` alone.
-            stages: Nodes whose tensors are compared, and the dimension of their channels.
+            stages: Nodes whose tensors are compared, and the dimensions of their channels.
             steps: How many batches it will see in the whole run.
 
         Raises:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graphprune.capture import capture
 from graphprune.errors import UsageError
@@ -44,12 +45,14 @@ def apart(student: Program, dense: Program) -> float:
 
 def test_a_map_has_length_one_and_no_channels() -> None:
     x = torch.randn(3, 5, 4, 4)
-    found = attention_map(x, 1)
+    found = attention_map(x, (1,))
     assert found.shape == (3, 16)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     wide = torch.cat([x, x], 1)
-    torch.testing.assert_close(attention_map(wide, 1), found)
-    torch.testing.assert_close(attention_map(x.permute(0, 2, 3, 1), 3), found)
+    torch.testing.assert_close(attention_map(wide, (1,)), found)
+    torch.testing.assert_close(attention_map(x.permute(0, 2, 3, 1), (3,)), found)
+    heads = wide.unflatten(1, (2, 5)).transpose(1, 2)
+    torch.testing.assert_close(attention_map(heads, (1, 2)), found)
 
 
 @pytest.mark.parametrize("dialect", ["fx", "export"])
@@ -57,7 +60,7 @@ def test_the_last_tensor_of_each_resolution_is_compared(dialect: Dialect) -> Non
     dense = program(dialect)
     found = stages(cut_of(dense), dense)
     assert len(found) == 2  # 8x8 and 4x4
-    assert set(found.values()) == {1}
+    assert set(found.values()) == {(1,)}
     assert all("relu" in name for name in found)
 
 
@@ -67,7 +70,44 @@ def test_tokens_have_their_channels_last() -> None:
     shapes = {name: len(shape) for name, shape in _shapes(dense).items()}
     tokens = {name for name in found if shapes[name] == 3}
     assert tokens
-    assert {found[name] for name in tokens} == {2}
+    assert {found[name] for name in tokens} == {(2,)}
+
+
+class ChannelsLast(nn.Module):
+    """Stages of 4x4 and 2x2 places with channels behind the places, after stages of 8x8 with channels before them."""
+
+    def __init__(self, *, is_mixed: bool) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.ReLU()) if is_mixed else None
+        self.patches = nn.Conv2d(12 if is_mixed else 1, 20, 2, 2)
+        self.norm = nn.LayerNorm(20)
+        self.up, self.down = nn.Linear(20, 44), nn.Linear(44, 20)
+        self.merge = nn.Linear(80, 28)
+        self.fc = nn.Linear(28, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.convs is not None:
+            x = self.convs(x)
+        x = self.patches(x).permute(0, 2, 3, 1)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        quarters = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
+        x = F.gelu(self.merge(torch.cat(quarters, -1)))
+        logits: Tensor = self.fc(x.mean((1, 2)))
+        return logits
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_channels_are_where_each_tensor_has_them(is_mixed: bool) -> None:
+    torch.manual_seed(0)
+    dense = capture(ChannelsLast(is_mixed=is_mixed).eval(), torch.randn(2, 1, 8, 8))
+    cut = cut_of(dense)
+    shapes = _shapes(cut)
+    found = stages(cut, dense)
+    places = [(dims, shapes[name][1:3]) for name, dims in found.items() if dims == (3,)]
+    assert places == [((3,), (4, 4)), ((3,), (2, 2))]
+    assert [shapes[name][2:] for name, dims in found.items() if dims == (1,)] == [(8, 8)] * is_mixed
+    assert found == stages(dense, dense)
+    assert apart(cut, dense) > apart(dense, dense) == 0
 
 
 @pytest.mark.parametrize("dialect", ["fx", "export"])
