@@ -105,9 +105,14 @@ class Teacher:
             mirrored = self.module(*map(_mirrored, inputs))  # first: taps keep what passes last
             return pytree.tree_map(_mean, self.module(*inputs), mirrored)
 
-    def feature_distance(self, taps: Mapping[str, Tap]) -> Tensor:
-        """Return how far the maps that `taps` hold are from the dense program's, after `look`."""
-        return taps_distance(taps, self.taps, self.stages)
+    def feature_distance(self, taps: Mapping[str, Tap], gates: Mapping[str, Tensor]) -> Tensor:
+        """Return how far the maps that `taps` hold are from the dense program's, after `look`.
+
+        Args:
+            taps: Those of the student.
+            gates: Which channels of a tap count, for the taps that have gates.
+        """
+        return taps_distance(taps, self.taps, self.stages, gates)
 
     def distance(self, outputs: Any, dense: Any) -> Tensor:
         """Return how far `outputs` are from `dense`, the dense program's."""

@@ -332,8 +332,13 @@ class _Run:
         if share := self.recipe.distill:
             loss = (1.0 - share) * loss + share * teacher.distance(outputs, dense)
         if weight := self.recipe.features:
-            loss = loss + weight * teacher.feature_distance(self.taps)
+            loss = loss + weight * teacher.feature_distance(self.taps, self._gates())
         return loss
+
+    def _gates(self) -> dict[str, Tensor]:
+        """Return the gates of the channels that the taps hold, where a hook has any."""
+        found = {name: hook.gates_of(name) for hook in self.trainer.hooks for name in self.taps}
+        return {name: gates for name, gates in found.items() if gates is not None}
 
     def finish_epoch(self) -> None:
         """Measure, note the metrics of the epoch, and move on to the next one."""

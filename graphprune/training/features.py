@@ -3,7 +3,8 @@
     map of a tensor [batch, channels, places] = mean over channels of its square, scaled to length one over the places
     distance = mean over stages of  ||map(dense) - map(cut)||^2
 
-A map has no channels, so nothing has to be learned to compare networks of different widths.
+A map has no channels, so nothing has to be learned to compare networks of different widths. Channels that gates have
+shut are still in a tensor, and not in the mean.
 
 Source: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", equation 2, with squared lengths.
 """
@@ -29,9 +30,16 @@ _STAGES = 3
 """How many tensors are compared where all have the same places, as in a transformer."""
 
 
-def attention_map(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return where `x` is large: ``[batch, places]`` of length one, from a tensor with channels along `dims`."""
-    return F.normalize(x.float().square().mean(dims).flatten(1), dim=1)
+def attention_map(x: Tensor, dims: tuple[int, ...], gates: Tensor | None = None) -> Tensor:
+    """Return where `x` is large: ``[batch, places]`` of length one, from a tensor with channels along `dims`.
+
+    Where there are gates, only channels that are open count.
+    """
+    squares = x.float().square()
+    squares = (
+        squares if gates is None else squares * gates
+    )  # on squares a shut gate has a gradient too
+    return F.normalize(squares.mean(dims).flatten(1), dim=1)
 
 
 class Tap(nn.Module):
@@ -70,16 +78,16 @@ def insert_taps(module: fx.GraphModule, names: Collection[str]) -> dict[str, Tap
 
 
 def taps_distance(
-    cut: Mapping[str, Tap], dense: Mapping[str, Tap], channels: Mapping[str, tuple[int, ...]]
+    cut: Mapping[str, Tap],
+    dense: Mapping[str, Tap],
+    channels: Mapping[str, tuple[int, ...]],
+    gates: Mapping[str, Tensor],
 ) -> Tensor:
-    """Return the distance of what the taps of two networks hold."""
-    apart = [
-        (attention_map(cut[name].take(), dims) - attention_map(dense[name].take(), dims))
-        .square()
-        .sum(1)
-        .mean()
-        for name, dims in channels.items()
-    ]
+    """Return the distance of what the taps of two networks hold; `gates` are those of the first, where it has any."""
+    apart = []
+    for name, dims in channels.items():
+        ours = attention_map(cut[name].take(), dims, gates.get(name))
+        apart.append((ours - attention_map(dense[name].take(), dims)).square().sum(1).mean())
     return torch.stack(apart).mean()
 
 
@@ -93,7 +101,7 @@ def stages(cut: Program, dense: Program) -> dict[str, tuple[int, ...]]:
     by_places: dict[tuple[int, ...], list[tuple[str, tuple[int, ...]]]] = {}
     for name, dims in _channel_dims(dense).items():
         shape, wide = ours.get(name, ()), theirs.get(name, ())
-        if len(shape) != len(wide) or len(shape) < 3 or 0 in dims:
+        if len(shape) != len(wide) or len(shape) < 3:
             continue
         samples, *places = _without(shape, dims)
         if [samples, *places] == _without(wide, dims) and math.prod(places) > 1:
@@ -111,8 +119,8 @@ def _channel_dims(program: Program) -> dict[str, tuple[int, ...]]:
     groups = analyze(program)
     found = {}
     for name, info in groups.labels.values.items():
-        if not isinstance(info, TensorInfo) or not info.fields:
-            continue
+        if not isinstance(info, TensorInfo) or not info.fields or info.field_of(0):
+            continue  # without channels, or with some that stand among the samples
         free = [f for f in info.fields if not groups.pinned[groups.channel_of[f.atoms]].all()]
         found[name] = tuple(sorted({dim for f in free or info.fields for dim in f.dims}))
     return found

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphprune.budget import parse_target
 from graphprune.capture import capture
+from graphprune.cut import cut_program
 from graphprune.errors import UsageError
+from graphprune.gates.insertion import insert_gates
+from graphprune.gates.training import GateHook
+from graphprune.groups import analyze
 from graphprune.pipeline import Pipeline
 from graphprune.program import Dialect, Program
-from graphprune.training import Recipe, Trainer
+from graphprune.scores import Scores
+from graphprune.training import Hook, Recipe, Trainer
 from graphprune.training.distill import Teacher
 from graphprune.training.features import _shapes, attention_map, insert_taps, stages
 from graphprune.training.task import classification
 from tests import gate_networks
+from tests.exactness import random_scores
 from tests.training.networks import data, program
 
 CUT = 'dependency-groups,magnitude,choose-channels{target="macs=0.5"},remove-channels'
+
+
+NO_GATES = Hook()
 
 
 def cut_of(dense: Program) -> Program:
     return Pipeline.parse(CUT).run(dense, device="cpu").program
 
 
-def apart(student: Program, dense: Program) -> float:
+def apart(student: Program, dense: Program, hook: Hook = NO_GATES) -> float:
     teacher = Teacher(
         dense,
         classification(),
@@ -40,7 +52,8 @@ def apart(student: Program, dense: Program) -> float:
     with torch.no_grad():
         teacher.look((x,))
         clone(x)
-        return float(teacher.feature_distance(taps))
+        gates = {name: found for name in taps if (found := hook.gates_of(name)) is not None}
+        return float(teacher.feature_distance(taps, gates))
 
 
 def test_a_map_has_length_one_and_no_channels() -> None:
@@ -108,6 +121,27 @@ def test_channels_are_where_each_tensor_has_them(is_mixed: bool) -> None:
     assert [shapes[name][2:] for name, dims in found.items() if dims == (1,)] == [(8, 8)] * is_mixed
     assert found == stages(dense, dense)
     assert apart(cut, dense) > apart(dense, dense) == 0
+
+
+@pytest.mark.parametrize("network", [gate_networks.residual, gate_networks.transformer])
+def test_channels_that_gates_have_shut_do_not_count(network: Callable[[], nn.Module]) -> None:
+    dense = capture(network(), torch.randn(2, 1, 8, 8))
+    groups = analyze(dense)
+    scores = Scores(values=random_scores(groups, 0), method="random")
+    gated = insert_gates(dense, groups, scores)
+    hook = GateHook(
+        *(gated, parse_target("ratio=0.4")),
+        granularity=("channels",),
+        round_to=1,
+        lr=None,
+        penalty=1.0,
+        frozen=0.0,
+    )
+    assert apart(gated.program, dense, hook) < 1e-10
+    keep = hook.freeze().keep
+    cut = cut_program(dense, groups, keep).program
+    assert apart(gated.program, dense, hook) == pytest.approx(apart(cut, dense), rel=1e-4)
+    assert apart(gated.program, dense) != pytest.approx(apart(cut, dense), rel=0.1)
 
 
 @pytest.mark.parametrize("dialect", ["fx", "export"])
