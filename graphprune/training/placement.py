@@ -49,7 +49,7 @@ class Placement:
         Raises:
             DataError: The inputs do not fit the program.
         """
-        inputs, target = self.task.unpack(batch)
+        inputs, target = self.task.read(batch)
         wanted = [tuple(t.shape[1:]) for t in self.program.example_inputs]
         found = [tuple(t.shape[1:]) for t in inputs]
         if [len(shape) for shape in wanted] != [len(shape) for shape in found]:
