@@ -42,6 +42,7 @@ from graphprune.training.placement import Placement
 from graphprune.training.processes import accelerated, resolve_precision
 from graphprune.training.recipe import Hook, Moment, Recipe
 from graphprune.training.running_statistics import RunningStatistics
+from graphprune.training.samples import told_by_shape
 from graphprune.training.task import Task, classification
 from graphprune.training.words import Words
 
@@ -295,7 +296,8 @@ class _Run:
         if blend is not None:
             inputs = blend.inputs(inputs)
         with self.accelerator.autocast():
-            outputs = self.model(*inputs)
+            with told_by_shape(self.program, inputs):
+                outputs = self.model(*inputs)
             loss = self.task.loss(outputs, target)
             if blend is not None:
                 others = self.task.loss(outputs, blend.neighbours(target))
@@ -406,7 +408,7 @@ class _Run:
         loader = self._test_loader()
         with self.trainer.progress.task("evaluate", len(loader)) as task:
             for batch in loader:
-                inputs, target = self.placement.place(batch)
+                inputs, target = self.placement.place(batch, where="test set")
                 count = len(inputs[0])
                 with self.accelerator.autocast():
                     outputs = self.placement.evaluate(inputs)

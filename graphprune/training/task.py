@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from graphprune.errors import DataError, UsageError
 from graphprune.exported import flat_outputs
+from graphprune.program import Program
+from graphprune.training.samples import must_be_labels, told_by_shape
 
 if TYPE_CHECKING:
     from graphprune.data import DataSource
@@ -92,11 +94,18 @@ class Task:
             raise DataError(f"data {data.name!r}: the test set is empty")
         return self.read(batch)[0]
 
-    def loss_of(self, module: nn.Module, batch: Any, device: str) -> Tensor:
-        """Return the mean loss of a batch, on a device that the module is on."""
+    def loss_of(self, program: Program, batch: Any, device: str) -> Tensor:
+        """Return the mean loss of a training batch, on a device that the program is on.
+
+        Raises:
+            DataError: The samples do not fit the program.
+        """
         inputs, target = self.read(batch)
-        target = tree_map_only(Tensor, lambda t: t.to(device), target)
-        return self.loss(module(*(t.to(device) for t in inputs)), target)
+        with told_by_shape(program, inputs):
+            outputs = program.module(*(t.to(device) for t in inputs))
+        if self.is_classification and (logits := flat_outputs(outputs)[0]).dim() == 2:
+            must_be_labels(target, logits.shape[1], "training set")
+        return self.loss(outputs, tree_map_only(Tensor, lambda t: t.to(device), target))
 
 
 def classification() -> Task:

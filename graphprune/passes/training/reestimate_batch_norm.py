@@ -15,6 +15,7 @@ from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
 from graphprune.training import load_task
 from graphprune.training.running_statistics import RunningStatistics
+from graphprune.training.samples import told_by_shape
 
 __all__ = ["ReestimateBatchNorm"]
 
@@ -60,7 +61,8 @@ class ReestimateBatchNorm(Pass):
                 inputs, _ = reader.read(batch)
                 # A last batch of one sample has no variance; the ones before it have been counted.
                 if (count := len(inputs[0])) > 1 or not samples:
-                    statistics.look(*(t.to(context.device) for t in inputs))
+                    with told_by_shape(program, inputs):
+                        statistics.look(*(t.to(context.device) for t in inputs))
                     samples += count
                 task.advance()
         modified = statistics.write()
