@@ -36,7 +36,7 @@ from graphprune.training.distill import Teacher
 from graphprune.training.features import insert_taps, stages
 from graphprune.training.forms import training_form
 from graphprune.training.metrics import EVENTS, EventWriter
-from graphprune.training.mixup import Blend
+from graphprune.training.mixup import Blend, must_keep_neighbours
 from graphprune.training.optim import build_optimizer, build_schedule
 from graphprune.training.placement import Placement
 from graphprune.training.processes import accelerated, resolve_precision
@@ -156,6 +156,8 @@ class _Run:
         self.placement.must_take(
             self.batches.batch_size // accelerator.num_processes, accelerator.num_processes
         )
+        if self.recipe.mixup:
+            must_keep_neighbours(self.batches.batch_size, accelerator.num_processes)
         self._prepare()
         self.epoch = self.step = 0
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
