@@ -163,6 +163,25 @@ def test_training_brings_maps_near(dialect: Dialect) -> None:
     assert apart(students[1], dense) < 0.5 * apart(students[0], dense)
 
 
+def test_the_engine_asks_hooks_for_gates() -> None:
+    class Shut(Hook):
+        def gates_of(self, node: str) -> Tensor:
+            return torch.zeros(())
+
+    losses = []
+    for features in (0.0, 3.0):
+        recipe = Recipe(
+            epochs=1, batch_size=96, lr=1e-9, features=features, distill=0.0, precision="float32"
+        )
+        dense = program(dropout=0.0)
+        trainer = Trainer(
+            program=dense.clone(), recipe=recipe, data=data(), teacher=dense, hooks=[Shut()]
+        )
+        losses.append(trainer.fit().last["loss"])
+    # Nothing counts in the student's maps, and the dense program's have length one.
+    assert losses[1] - losses[0] == pytest.approx(3.0, rel=1e-4)
+
+
 def test_refusals() -> None:
     flat = capture(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 6))
     with pytest.raises(UsageError, match="no tensor that both programs have"):
