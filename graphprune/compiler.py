@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphprune.check import Check
 from graphprune.defaults import (
@@ -151,11 +151,12 @@ def compile(
         GraphpruneError: See `graphprune.errors` for the tree.
     """
     take_own_gpu()
-    source = _load_data(data)
+    source, sample = _load_data(data, task), None
     if task:
         from graphprune.training import load_task
 
-        load_task(task)  # before any work is done for it
+        reader = load_task(task)  # before any work is done for it
+        sample = reader.sample(source) if source is not None else None
     if passes is None:
         text = default_pipeline(
             target=target,
@@ -202,7 +203,7 @@ def compile(
         verify=verify,
         callbacks=tuple(callbacks),
         progress=progress or SilentProgress(),
-        is_classification=not task,
+        sample=sample,
     )
     with staging(out, resume=resume) as folder:
         return job.run(pipeline, folder)
@@ -338,7 +339,8 @@ class _Job:
     callbacks: tuple[Callback, ...]
     progress: Progress
     outputs: tuple[str, ...] = ()
-    is_classification: bool = True
+    sample: tuple[Tensor, ...] | None = None
+    """Inputs as a task reads them from the data; None: it is a classification."""
 
     def run(self, pipeline: Pipeline, folder: Staging) -> CompileResult:
         dense, captured = self.captured()
@@ -446,16 +448,18 @@ class _Job:
             return {"import": parity(dense, session, seed=self.seed)}
 
     def inputs(self) -> Any:
-        """Return the example inputs: what was given, else random ones of the data's shape."""
+        """Return the example inputs: what was given, else a sample of the data, or random numbers of its shape."""
         if self.example_inputs is not None or self.data is None:
             return self.example_inputs
+        if self.sample is not None:
+            return self.sample
         generator = torch.Generator().manual_seed(self.seed)
         return (torch.randn((1, *self.data.input_shape), generator=generator),)
 
     def accuracy(self, program: Program) -> float | None:
         from graphprune.data import evaluate
 
-        if self.data is None or not self.data.num_classes or not self.is_classification:
+        if self.data is None or not self.data.num_classes or self.sample is not None:
             return None
         return evaluate(
             program,
@@ -490,7 +494,7 @@ def _figures(program: Program, measured: Any, accuracy: float | None) -> Figures
     )
 
 
-def _load_data(data: DataSource | str | None) -> DataSource | None:
+def _load_data(data: DataSource | str | None, task: str = "") -> DataSource | None:
     from graphprune.data import load_data
 
-    return load_data(data) if isinstance(data, str) else data
+    return load_data(data, is_classification=not task) if isinstance(data, str) else data

@@ -13,7 +13,7 @@ import functools
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from graphprune._data_spec import DataOptions, Statistics, split_spec
 from graphprune._predictor import Predictor
 from graphprune.errors import DataError
 from graphprune.program import Program
@@ -32,15 +33,6 @@ from graphprune.runtime import Session
 __all__ = ["DataSource", "TensorImages", "evaluate", "innermost", "load_data"]
 
 Split = Literal["train", "test"]
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-
-_NORMALIZE: dict[str, Statistics] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "mnist": ((0.1307,), (0.3081,)),
-    "fashion-mnist": ((0.2860,), (0.3530,)),
-    "none": ((0.0,), (1.0,)),
-}
 _KINDS = (
     "cifar10:DIR",
     "mnist:DIR",
@@ -64,7 +56,7 @@ class DataSource:
     name: str
     """What the user called it."""
     input_shape: tuple[int, ...]
-    """Shape of one sample."""
+    """Shape of one sample; empty where only a task can read samples."""
     num_classes: int
     """Number of labels; 0 where targets are no integers."""
     split: Callable[[Split], Dataset[Any]]
@@ -95,13 +87,19 @@ class DataSource:
             dataset = Subset(dataset, sorted(chosen.tolist()))
         return _loader(dataset, batch_size, shuffle=shuffle, generator=generator, collate=collate)
 
-    def test(self, batch_size: int, *, limit: int | None = None) -> DataLoader[Any]:
+    def test(
+        self,
+        batch_size: int,
+        *,
+        limit: int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> DataLoader[Any]:
         """Return batches of the test set in a fixed order; a limit takes samples evenly spaced over the whole set."""
         dataset = self.split("test")
         total = _length(dataset)
         if limit is not None and limit < total:
             dataset = Subset(dataset, [index * total // limit for index in range(limit)])
-        return _loader(dataset, batch_size, shuffle=False, generator=None)
+        return _loader(dataset, batch_size, shuffle=False, generator=None, collate=collate)
 
     def hold_out(self, fraction: float) -> DataSource:
         """Return a source that tests on a fraction of this one's training set, and trains on the rest.
@@ -167,19 +165,24 @@ class TensorImages(Dataset[tuple[Tensor, Tensor]]):
         return images * self.factor + self.offset, self.labels[chosen]
 
 
-def load_data(spec: str) -> DataSource:
+def load_data(spec: str, *, is_classification: bool = True) -> DataSource:
     """Return the data set that `spec` names.
 
     Each set is normalised by its own usual constants unless ``normalize=`` says otherwise; `digits` is left in 0..1.
 
+    Args:
+        spec: A name, with options after commas.
+        is_classification: Whether samples of a function are (tensor, label); else a task reads them, whatever they are.
+
     Raises:
         DataError: The name or an option is unknown, or the folder does not hold what it should.
     """
-    head, options = _parse(spec)
+    head, options = split_spec(spec)
     if (fraction := options.pop("holdout", None)) is not None:
         rest = ",".join([head, *(f"{name}={value}" for name, value in options.items())])
         try:
-            held_out = load_data(rest).hold_out(float(fraction))
+            whole = load_data(rest, is_classification=is_classification)
+            held_out = whole.hold_out(float(fraction))
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
@@ -189,7 +192,7 @@ def load_data(spec: str) -> DataSource:
         return replace(held_out, name=spec)
     kind, _, where = head.partition(":")
     if head == "digits":
-        return _digits(spec, _Options(spec, options, default="none"))
+        return _digits(spec, DataOptions(spec, options, default="none"))
     if kind in ("cifar10", "mnist", "fashion-mnist", "imagefolder"):
         if not where:
             raise DataError(
@@ -201,14 +204,14 @@ def load_data(spec: str) -> DataSource:
                 f"data {spec!r}: expected a folder with {_LAYOUTS[kind]}, found no folder at {str(folder)!r}"
             )
         if kind == "imagefolder":
-            return _image_folder(spec, folder, _Options(spec, options, default="imagenet"))
-        return _torchvision(spec, kind, folder, _Options(spec, options, default=kind))
+            return _image_folder(spec, folder, DataOptions(spec, options, default="imagenet"))
+        return _torchvision(spec, kind, folder, DataOptions(spec, options, default=kind))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", head):
         if options:
             raise DataError(
                 f"data {spec!r}: a function takes no options, found {', '.join(options)}"
             )
-        return _from_function(spec, kind, where)
+        return _from_function(spec, kind, where, is_classification=is_classification)
     raise DataError(f"expected data as one of {', '.join(_KINDS)}, found {spec!r}")
 
 
@@ -263,72 +266,7 @@ def evaluate(
     return correct / total
 
 
-class _Options:
-    """The options of one spec; every one must be known."""
-
-    def __init__(self, spec: str, given: Mapping[str, str], *, default: str) -> None:
-        known = ("normalize", "size")
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise DataError(
-                f"data {spec!r}: unknown option {unknown[0]!r}; known: {', '.join(known)}, holdout"
-            )
-        self.spec = spec
-        self.given = given
-        self.default = default
-
-    @property
-    def size(self) -> int | None:
-        text = self.given.get("size")
-        if text is None:
-            return None
-        if not text.isdigit() or int(text) < 1:
-            raise DataError(
-                f"data {self.spec!r}: expected size=N with N at least 1, found size={text}"
-            )
-        return int(text)
-
-    def statistics(self, channels: int) -> Statistics:
-        """Return mean and standard deviation per channel."""
-        text = self.given.get("normalize", self.default)
-        mean, std = _NORMALIZE[text] if text in _NORMALIZE else self._numbers(text)
-        found = sorted({len(mean), len(std)} - {1, channels})
-        if found:
-            raise DataError(
-                f"data {self.spec!r}: normalize={text} gives {found[0]} channels, the images have {channels}"
-            )
-        if min(std) <= 0:
-            raise DataError(
-                f"data {self.spec!r}: normalize={text} needs positive standard deviations"
-            )
-        return mean, std
-
-    def _numbers(self, text: str) -> Statistics:
-        means, _, stds = text.partition(":")
-        try:
-            mean = tuple(float(value) for value in means.split("/"))
-            std = tuple(float(value) for value in (stds or means).split("/"))
-        except ValueError:
-            raise DataError(
-                f"data {self.spec!r}: expected normalize= one of {', '.join(_NORMALIZE)}, a number that is both mean "
-                f"and deviation, or m1/m2/m3:s1/s2/s3; found {text!r}"
-            ) from None
-        return mean, std
-
-
-def _parse(spec: str) -> tuple[str, dict[str, str]]:
-    # A folder's name may hold commas: options are the pieces at the end that read name=value.
-    pieces = spec.split(",")
-    options: dict[str, str] = {}
-    while len(pieces) > 1 and (match := re.fullmatch(r"\s*([A-Za-z_-]+)=(.*)", pieces[-1])):
-        if match[1] in options:
-            raise DataError(f"data {spec!r}: option {match[1]!r} is given twice")
-        options[match[1]] = match[2].strip()
-        pieces.pop()
-    return ",".join(pieces).strip(), dict(reversed(options.items()))
-
-
-def _torchvision(spec: str, kind: str, folder: Path, options: _Options) -> DataSource:
+def _torchvision(spec: str, kind: str, folder: Path, options: DataOptions) -> DataSource:
     from torchvision import datasets
 
     builders: dict[str, Callable[..., Any]] = {
@@ -355,7 +293,7 @@ def _torchvision(spec: str, kind: str, folder: Path, options: _Options) -> DataS
     return _source(spec, split, num_classes=10)
 
 
-def _digits(spec: str, options: _Options) -> DataSource:
+def _digits(spec: str, options: DataOptions) -> DataSource:
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -381,7 +319,7 @@ def _digits(spec: str, options: _Options) -> DataSource:
     return _source(spec, functools.cache(split), num_classes=10)
 
 
-def _image_folder(spec: str, folder: Path, options: _Options) -> DataSource:
+def _image_folder(spec: str, folder: Path, options: DataOptions) -> DataSource:
     from torchvision import datasets, transforms
 
     mean, std = options.statistics(3)
@@ -426,7 +364,9 @@ def _image_folder(spec: str, folder: Path, options: _Options) -> DataSource:
     )
 
 
-def _from_function(spec: str, module_name: str, function_name: str) -> DataSource:
+def _from_function(
+    spec: str, module_name: str, function_name: str, *, is_classification: bool
+) -> DataSource:
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
@@ -457,26 +397,42 @@ def _from_function(spec: str, module_name: str, function_name: str) -> DataSourc
             f"data {spec!r}: expected {function_name}() to return (train_dataset, test_dataset), found {type(pair)}"
         )
     train, test = pair
-    return _source(spec, lambda name: train if name == "train" else test, num_classes=None)
+
+    return _source(
+        spec,
+        lambda name: train if name == "train" else test,
+        num_classes=None,
+        is_classification=is_classification,
+    )
 
 
 def _source(
-    spec: str, split: Callable[[Split], Dataset[Any]], *, num_classes: int | None
+    spec: str,
+    split: Callable[[Split], Dataset[Any]],
+    *,
+    num_classes: int | None,
+    is_classification: bool = True,
 ) -> DataSource:
     test = split("test")
     if not _length(test):
         raise DataError(f"data {spec!r}: the test set is empty")
+    if not is_classification:
+        return DataSource(name=spec, input_shape=(), num_classes=0, split=split)
     sample = test[0]
     if not (
         isinstance(sample, (tuple, list)) and len(sample) == 2 and isinstance(sample[0], Tensor)
     ):
         raise DataError(
-            f"data {spec!r}: expected samples (tensor, label), found {type(sample).__name__}"
+            f"data {spec!r}: expected samples (tensor, label), found {type(sample).__name__}; "
+            "a task= of your own (--task) may read others"
         )
     if num_classes is None:
-        named = getattr(test, "classes", None)
-        labels = [] if named else [_label(test[i][1]) for i in range(_length(test))]
-        num_classes = len(named) if named else 1 + max(labels)
+        if named := getattr(test, "classes", None):
+            num_classes = len(named)
+        elif _label(sample[1]) < 0:  # then the others are not looked for
+            num_classes = 0
+        else:
+            num_classes = 1 + max(_label(test[i][1]) for i in range(_length(test)))
     return DataSource(
         name=spec, input_shape=tuple(sample[0].shape), num_classes=num_classes, split=split
     )

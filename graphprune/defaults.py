@@ -74,6 +74,7 @@ def default_pipeline(
         *chosen,
         *_after_the_choice(
             reestimate=has_data and not kind.chooses,
+            task=task,
             training=_training(epochs, fine_tune, task, has_data=has_data),
             export=export,
         ),
@@ -121,13 +122,17 @@ def training_options(text: str) -> dict[str, textform.Value]:
     return options
 
 
-def _after_the_choice(*, reestimate: bool, training: list[str], export: bool) -> list[str]:
+def _after_the_choice(
+    *, reestimate: bool, training: list[str], export: bool, task: str = ""
+) -> list[str]:
     steps = [
         "remove-channels",  # the cut; the driver proves it exact
         "clean-up",  # what the cut left without a purpose
     ]
     if reestimate:
-        steps.append("reestimate-batch-norm")  # fewer channels, other statistics
+        given = {"task": task} if task else {}
+        # fewer channels, other statistics
+        steps.append(textform.format_pass("reestimate-batch-norm", given))
     steps += training  # what the cut has cost comes back
     if export:
         steps += ["export-onnx", "export-program"]  # written, read back, compared

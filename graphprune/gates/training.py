@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ from graphprune.cost import Cost, Keep
 from graphprune.cut import cut_program
 from graphprune.gates.function import LIMIT, GateCost, Gates
 from graphprune.gates.insertion import Gated
+from graphprune.labels.trace import TensorInfo
 from graphprune.plan import Plan
 from graphprune.training import Hook, Moment, Smaller
 from graphprune.units import Granularity
@@ -215,6 +217,17 @@ class GateHook(Hook):
             "gates_macs": self.now.macs / max(1, dense.macs),
             "gates_params": self.now.params / max(1, dense.params),
         }
+
+    def gates_of(self, node: str) -> Tensor | None:
+        """Return the gates of the channels of a node's tensor, which still holds those that are shut."""
+        groups = self.gated.groups
+        info = groups.labels.values.get(node)
+        if self.is_cut or not isinstance(info, TensorInfo) or not info.fields:
+            return None
+        gates = self.gates()
+        each = (gates[groups.channel_of[f.over(len(info.shape))]] for f in info.fields)
+        product: Tensor = reduce(torch.mul, each)
+        return product
 
     def macs(self) -> int:
         """Return the multiply-accumulates of what was open after the last epoch."""

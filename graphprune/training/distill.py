@@ -68,7 +68,7 @@ class Teacher:
         device: torch.device,
         memory_format: torch.memory_format,
         compares_outputs: bool = True,
-        stages: Mapping[str, int] | None = None,
+        stages: Mapping[str, tuple[int, ...]] | None = None,
         steps: int = 0,
     ) -> None:
         """Take a copy of `program` to `device`; the program itself stays where it is.
@@ -81,7 +81,7 @@ class Teacher:
             device: Where the student is.
             memory_format: As the student's.
             compares_outputs: Whether `distance` will be asked for, and not `feature_distance` alone.
-            stages: Nodes whose tensors are compared, and the dimension of their channels.
+            stages: Nodes whose tensors are compared, and the dimensions of their channels.
             steps: How many batches it will see in the whole run.
 
         Raises:
@@ -114,9 +114,14 @@ class Teacher:
             mirrored = self.module(*map(_mirrored, inputs))  # first: taps keep what passes last
             return pytree.tree_map(_mean, self.module(*inputs), mirrored)
 
-    def feature_distance(self, taps: Mapping[str, Tap]) -> Tensor:
-        """Return how far the maps that `taps` hold are from the dense program's, after `look`."""
-        return taps_distance(taps, self.taps, self.stages)
+    def feature_distance(self, taps: Mapping[str, Tap], gates: Mapping[str, Tensor]) -> Tensor:
+        """Return how far the maps that `taps` hold are from the dense program's, after `look`.
+
+        Args:
+            taps: Those of the student.
+            gates: Which channels of a tap count, for the taps that have gates.
+        """
+        return taps_distance(taps, self.taps, self.stages, gates)
 
     def distance(self, outputs: Any, dense: Any) -> Tensor:
         """Return how far `outputs` are from `dense`, the dense program's."""

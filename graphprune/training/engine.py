@@ -31,7 +31,7 @@ from graphprune.training import randomness
 from graphprune.training.batches import Batches
 from graphprune.training.evaluation import evaluate, settle_norms
 from graphprune.training.metrics import EVENTS, EventWriter
-from graphprune.training.mixup import Blend
+from graphprune.training.mixup import Blend, must_keep_neighbours
 from graphprune.training.optim import build_optimizer, build_schedule
 from graphprune.training.processes import accelerated, resolve_precision
 from graphprune.training.recipe import Hook, Moment, Recipe
@@ -161,6 +161,8 @@ class _Run:
         self.student.placement.must_take(
             self.batches.batch_size // accelerator.num_processes, accelerator.num_processes
         )
+        if self.recipe.mixup:
+            must_keep_neighbours(self.batches.batch_size, accelerator.num_processes)
         self._prepare()
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.history: list[dict[str, Any]] = []
@@ -279,7 +281,8 @@ class _Run:
     def train(self, batch: Any) -> None:
         """Do one step."""
         inputs, target = self.student.placement.place(batch)
-        outputs, loss = self.student.loss(inputs, target, self._blend(self.epoch, self.step))
+        blend = self._blend(self.epoch, self.step)
+        outputs, loss = self.student.loss(inputs, target, blend, self._gates())
         objective = loss
         for hook in self.trainer.hooks:
             extra = hook.extra_loss(self.moment)
@@ -302,6 +305,13 @@ class _Run:
         if not self.recipe.mixup:
             return None
         return Blend.draw(self.recipe.mixup, self.trainer.seed, epoch, step)
+
+    def _gates(self) -> dict[str, Tensor]:
+        """Return the gates of the channels that the taps hold, where a hook has any."""
+        found = {
+            name: hook.gates_of(name) for hook in self.trainer.hooks for name in self.student.taps
+        }
+        return {name: gates for name, gates in found.items() if gates is not None}
 
     def finish_epoch(self) -> None:
         """Measure, note the metrics of the epoch, and move on to the next one."""

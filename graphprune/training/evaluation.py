@@ -52,7 +52,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=placement.device)
     with progress.task("evaluate", len(loader)) as bar:
         for batch in loader:
-            inputs, target = placement.place(batch)
+            inputs, target = placement.place(batch, where="test set")
             with accelerator.autocast():
                 outputs = placement.evaluate(inputs)
                 loss = task.loss(outputs, target)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import DataError
+from graphprune.errors import DataError, UsageError
 
-__all__ = ["Blend"]
+__all__ = ["Blend", "must_keep_neighbours"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,20 @@ class Blend:
     def neighbours(self, target: Any) -> Any:
         """Return the targets of the neighbours."""
         return pytree.tree_map_only(Tensor, _neighbours, target)
+
+
+def must_keep_neighbours(batch_size: int, processes: int) -> None:
+    """Check that every process gets whole pairs of neighbours, so that several blend what one would.
+
+    Raises:
+        UsageError: The batch parts neighbours.
+    """
+    if processes > 1 and batch_size // processes % 2:
+        raise UsageError(
+            f"mixup= expected an even number of samples in each of {processes} processes, found batches of "
+            f"{batch_size} ({batch_size // processes} each), which part neighbours; use a batch_size that is a "
+            f"multiple of {2 * processes}, or mixup=0"
+        )
 
 
 def _neighbours(samples: Tensor) -> Tensor:

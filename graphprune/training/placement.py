@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import DataError, UsageError
+from graphprune.errors import UsageError
+from graphprune.exported import flat_outputs
 from graphprune.program import Program
+from graphprune.training.samples import must_be_labels, must_have_ranks, told_by_shape
 from graphprune.training.task import Task
 
 __all__ = ["Placement"]
@@ -29,6 +30,7 @@ class Placement:
             None if program.dynamic_batch else int(program.example_inputs[0].shape[0])
         )
         program.module.to(device).to(memory_format=self.memory_format)
+        self.classes = self._classes() if task.is_classification else None
 
     def must_take(self, batch_size: int, processes: int) -> None:
         """Check that the program trains on batches of this size.
@@ -43,20 +45,31 @@ class Placement:
                 f"batch_size={self.fixed_batch * processes}"
             )
 
-    def place(self, batch: Any) -> tuple[tuple[Tensor, ...], Any]:
+    def place(self, batch: Any, *, where: str = "training set") -> tuple[tuple[Tensor, ...], Any]:
         """Return the inputs and the target of a batch, where and as the program wants them.
 
         Raises:
-            DataError: The inputs do not fit the program.
+            DataError: The inputs do not fit the program, or it knows no such class; names `where` they come from.
         """
-        inputs, target = self.task.unpack(batch)
-        wanted = [tuple(t.shape[1:]) for t in self.program.example_inputs]
-        found = [tuple(t.shape[1:]) for t in inputs]
-        if [len(shape) for shape in wanted] != [len(shape) for shape in found]:
-            raise DataError(
-                f"the program takes samples of shape {_shapes(wanted)}, the data gives {_shapes(found)}"
-            )
-        moved = tuple(
+        inputs, target = self.task.read(batch)
+        must_have_ranks(self.program, inputs)
+        if self.classes is not None:
+            must_be_labels(target, self.classes, where)
+        return self._moved(inputs), pytree.tree_map_only(
+            Tensor, lambda t: t.to(self.device, non_blocking=True), target
+        )
+
+    def evaluate(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Return the program's outputs; where its batch is fixed, missing samples are filled in and dropped again.
+
+        Raises:
+            DataError: The program does not take samples of this shape.
+        """
+        with told_by_shape(self.program, inputs):
+            return self._outputs(inputs)
+
+    def _moved(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(
             t.to(
                 self.device,
                 non_blocking=True,
@@ -64,17 +77,19 @@ class Placement:
             )
             for t in inputs
         )
-        return moved, pytree.tree_map_only(
-            Tensor, lambda t: t.to(self.device, non_blocking=True), target
-        )
 
-    def evaluate(self, inputs: tuple[Tensor, ...]) -> Any:
-        """Return the program's outputs; where its batch is fixed, missing samples are filled in and dropped again."""
+    def _outputs(self, inputs: tuple[Tensor, ...]) -> Any:
         module, fixed, count = self.program.module, self.fixed_batch, len(inputs[0])
         if fixed is None or count == fixed:
             return module(*inputs)
         filled = (torch.cat([t, t[-1:].expand(fixed - count, *t.shape[1:])]) for t in inputs)
         return pytree.tree_map_only(Tensor, lambda t: t[:count], module(*filled))
+
+    @torch.no_grad()
+    def _classes(self) -> int | None:
+        """Return how many logits a sample gets; None where the first output is no row of them."""
+        logits = flat_outputs(self._outputs(self._moved(self.program.batch(2))))[0]
+        return logits.shape[1] if logits.dim() == 2 else None
 
 
 def _memory_format(program: Program) -> torch.memory_format:
@@ -96,7 +111,3 @@ def _memory_format(program: Program) -> torch.memory_format:
             raise
         return torch.contiguous_format
     return torch.channels_last
-
-
-def _shapes(shapes: Sequence[Sequence[int]]) -> str:
-    return " and ".join("x".join(map(str, shape)) or "()" for shape in shapes)

@@ -177,6 +177,10 @@ class Hook:
         """Return what to add to the metrics of this epoch."""
         return {}
 
+    def gates_of(self, node: str) -> Tensor | None:
+        """Return how much each channel of a node's tensor counts, in a shape that broadcasts to it; None: all do."""
+        return None
+
     def macs(self) -> int | None:
         """Return the multiply-accumulates of the program as it stands, where they are known."""
         return None

@@ -19,6 +19,7 @@ from graphprune.training.forms import training_form
 from graphprune.training.mixup import Blend
 from graphprune.training.placement import Placement
 from graphprune.training.recipe import Recipe, Smaller
+from graphprune.training.samples import told_by_shape
 from graphprune.training.state_surgery import all_tensors
 from graphprune.training.task import Task
 
@@ -120,14 +121,26 @@ class Student:
         return student
 
     def loss(
-        self, inputs: tuple[Tensor, ...], target: Any, blend: Blend | None
+        self,
+        inputs: tuple[Tensor, ...],
+        target: Any,
+        blend: Blend | None,
+        gates: Mapping[str, Tensor],
     ) -> tuple[Any, Tensor]:
-        """Return the outputs for a batch, and the loss with what the teacher says of them."""
+        """Return the outputs for a batch, and the loss with what the teacher says of them.
+
+        Args:
+            inputs: Of the batch.
+            target: Of the batch.
+            blend: How its samples are blended; None: they are not.
+            gates: How much each channel counts of a node whose tensor is compared, where some count less.
+        """
         recipe = self.recipe
         if blend is not None:
             inputs = blend.inputs(inputs)
         with self.accelerator.autocast():
-            outputs = self.model(*inputs)
+            with told_by_shape(self.program, inputs):
+                outputs = self.model(*inputs)
             loss = self.task.loss(outputs, target)
             if blend is not None:
                 others = self.task.loss(outputs, blend.neighbours(target))
@@ -137,7 +150,7 @@ class Student:
                 if share := recipe.distill:
                     loss = (1.0 - share) * loss + share * self.teacher.distance(outputs, dense)
                 if weight := recipe.features:
-                    loss = loss + weight * self.teacher.feature_distance(self.taps)
+                    loss = loss + weight * self.teacher.feature_distance(self.taps, gates)
         return outputs, loss
 
     def state(self) -> dict[str, Any]:

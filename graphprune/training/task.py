@@ -9,19 +9,24 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from graphprune.errors import DataError, UsageError
 from graphprune.exported import flat_outputs
+from graphprune.program import Program
+from graphprune.training.samples import must_be_labels, told_by_shape
+
+if TYPE_CHECKING:
+    from graphprune.data import DataSource
 
 __all__ = ["Task", "classification", "load_task"]
 
@@ -52,11 +57,55 @@ class Task:
     is_classification: bool = False
     """Whether the first output is one row of logits per sample."""
 
-    def loss_of(self, module: nn.Module, batch: Any, device: str) -> Tensor:
-        """Return the mean loss of a batch, on a device that the module is on."""
-        inputs, target = self.unpack(batch)
-        target = tree_map_only(Tensor, lambda t: t.to(device), target)
-        return self.loss(module(*(t.to(device) for t in inputs)), target)
+    def read(self, batch: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """Return the inputs of the graph and the target.
+
+        Raises:
+            DataError: `unpack` fails on the batch, or does not find tensors in it.
+        """
+        try:
+            inputs, target = self.unpack(batch)
+        # Whatever the user's own code raises is what the user needs to read.
+        except Exception as error:
+            raise DataError(
+                f"expected a batch that the task can unpack, found {_kind(batch)}: {type(error).__name__}: {error}; "
+                "give the Task an unpack function: batch -> (one tensor per input, target)"
+            ) from error
+        if not isinstance(inputs, (tuple, list)) or not all(isinstance(t, Tensor) for t in inputs):
+            raise DataError(
+                f"expected the task to unpack a batch into (one tensor per input, target), found inputs {_kind(inputs)}"
+            )
+        return tuple(inputs), target
+
+    def sample(self, data: DataSource) -> tuple[Tensor, ...]:
+        """Return the inputs of one test sample, as a batch.
+
+        Raises:
+            DataError: There is none, or it cannot be read.
+        """
+        try:
+            batch = next(iter(data.test(1, limit=1, collate=self.collate)), None)
+        except Exception as error:
+            raise DataError(
+                f"data {data.name!r}: the first test sample makes no batch: {type(error).__name__}: {error}; "
+                "give the Task a collate function: samples -> batch"
+            ) from error
+        if batch is None:
+            raise DataError(f"data {data.name!r}: the test set is empty")
+        return self.read(batch)[0]
+
+    def loss_of(self, program: Program, batch: Any, device: str) -> Tensor:
+        """Return the mean loss of a training batch, on a device that the program is on.
+
+        Raises:
+            DataError: The samples do not fit the program.
+        """
+        inputs, target = self.read(batch)
+        with told_by_shape(program, inputs):
+            outputs = program.module(*(t.to(device) for t in inputs))
+        if self.is_classification and (logits := flat_outputs(outputs)[0]).dim() == 2:
+            must_be_labels(target, logits.shape[1], "training set")
+        return self.loss(outputs, tree_map_only(Tensor, lambda t: t.to(device), target))
 
 
 def classification() -> Task:
@@ -99,6 +148,17 @@ def load_task(text: str) -> Task:
             f"found {type(task).__name__}"
         )
     return task
+
+
+def _kind(value: Any) -> str:
+    """Return what a batch is, and what it holds."""
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {', '.join(map(str, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(map(_kind, value))}"
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
 
 
 def _logits(outputs: Any, target: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from graphprune.errors import DataError, UsageError
 from graphprune.training import Recipe, Task, Trainer
-from graphprune.training.mixup import Blend
+from graphprune.training.mixup import Blend, must_keep_neighbours
 from tests.training.networks import data, program
 
 
@@ -28,6 +28,23 @@ def test_targets_may_be_structures() -> None:
     assert found["box"].tolist() == [[2.0, 3.0], [0.0, 1.0]]
     assert found["label"].tolist() == [5, 3]
     assert found["names"] == "ab"
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(12, 2), (8, 4), (7, 1)])
+def test_processes_blend_what_one_would(batch_size: int, processes: int) -> None:
+    must_keep_neighbours(batch_size, processes)
+    x = torch.randn(batch_size, 3)
+    (whole,) = Blend(0.6).inputs((x,))
+    parts = [Blend(0.6).inputs((part,))[0] for part in x.chunk(processes)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "multiple"), [(6, 2, 4), (12, 4, 8)])
+def test_neighbours_are_not_parted(batch_size: int, processes: int, multiple: int) -> None:
+    with pytest.raises(
+        UsageError, match=rf"found batches of {batch_size} .* multiple of {multiple}, or"
+    ):
+        must_keep_neighbours(batch_size, processes)
 
 
 def test_the_layout_stays() -> None:

@@ -9,11 +9,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from graphprune.errors import UsageError
 from graphprune.program import Dialect
 from graphprune.training import Recipe, Trainer
 from graphprune.training.processes import resolve_precision
@@ -47,6 +49,9 @@ def _train(rank: int, port: str, folder: Path) -> None:
         MASTER_PORT=port,
         OMP_NUM_THREADS="1",
     )
+    parted = replace(RECIPE, batch_size=6, mixup=1.0)
+    with pytest.raises(UsageError, match="mixup= expected an even number of samples in each of 2"):
+        Trainer(program=program(), recipe=parted, data=data()).fit()
     # The second run of each goes on from the end of the first: nothing is left to do.
     for dialect, resume in itertools.product(DIALECTS, (False, True)):
         trained = program(dialect, dropout=0.0)

@@ -64,7 +64,7 @@ class Fisher(Pass):
         with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as shown:
             for batch in loader:
                 module.zero_grad()
-                task.loss_of(module, batch, context.device).backward()
+                task.loss_of(clone, batch, context.device).backward()
                 values += sum_over_places(clone, groups, measure) ** 2
                 shown.advance()
         return Scores(values=values / (2 * max(1, len(loader))), method=self.spec())

@@ -51,13 +51,13 @@ class Taylor(Pass):
             )
         task = load_task(self.task)
         clone = program.clone()
-        module = clone.module.to(context.device).requires_grad_(True)
+        clone.module.to(context.device).requires_grad_(True)
         loader = context.data.train(
             self.batch_size, seed=context.seed, limit=self.num_samples, collate=task.collate
         )
         with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as shown:
             for batch in loader:
-                task.loss_of(module, batch, context.device).backward()
+                task.loss_of(clone, batch, context.device).backward()
                 shown.advance()
 
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:

@@ -13,7 +13,9 @@ import torch
 from graphprune.errors import DataError
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
+from graphprune.training import load_task
 from graphprune.training.running_statistics import RunningStatistics
+from graphprune.training.samples import told_by_shape
 
 __all__ = ["ReestimateBatchNorm"]
 
@@ -31,6 +33,8 @@ class ReestimateBatchNorm(Pass):
     """How many training samples to use, drawn at random."""
     batch_size: int = 128
     """Samples in a batch; at least 2, because one sample has no variance."""
+    task: str = ""
+    """How samples are read, package.module:factory of a graphprune.training.Task; empty: (inputs, label)."""
 
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Estimate, and return a clone with the new statistics."""
@@ -47,14 +51,19 @@ class ReestimateBatchNorm(Pass):
                 f"{self.name} needs at least 2 samples in a batch, found "
                 f"num_samples={self.num_samples} batch_size={self.batch_size}"
             )
-        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
+        reader = load_task(self.task)
+        loader = context.data.train(
+            self.batch_size, seed=context.seed, limit=self.num_samples, collate=reader.collate
+        )
         samples = 0
         with context.progress.task("re-estimate batch norm", len(loader)) as task:
-            for inputs, _ in loader:
+            for batch in loader:
+                inputs, _ = reader.read(batch)
                 # A last batch of one sample has no variance; the ones before it have been counted.
-                if len(inputs) > 1 or not samples:
-                    statistics.look(inputs.to(context.device))
-                    samples += len(inputs)
+                if (count := len(inputs[0])) > 1 or not samples:
+                    with told_by_shape(program, inputs):
+                        statistics.look(*(t.to(context.device) for t in inputs))
+                    samples += count
                 task.advance()
         modified = statistics.write()
         clone.module.to(home)

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from graphprune.errors import CheckpointError, DataError, UsageError
 from graphprune.passes.training import FineTune
 from graphprune.pipeline import Context, Pipeline
 from graphprune.program import Dialect, Program
+from graphprune.training import load_task
+from tests.training.masked_language import model
 from tests.training.networks import Net, children, data, files, program, regression, regression_data
 
 __all__ = ["make", "regression", "regression_data"]
@@ -241,6 +244,48 @@ def test_a_regression_from_the_command_line(
     assert report["after"]["accuracy"] is None
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["test_error"] < 0.7 * lines[0]["test_error"]
+
+
+@pytest.mark.parametrize("kind", ["dicts", "tuples"])
+def test_a_model_of_two_inputs_from_the_command_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = "tests.training.masked_language"
+    status = main(
+        [
+            *("compile", f"{here}:model", "--data", f"{here}:{kind},holdout=0.25"),
+            *("--task", f"{here}:task_of_{kind}", "--method", "taylor", "--target", "ratio=0.3"),
+            *("--epochs", "10", "--fine-tune", "batch_size=12 lr=0.1 precision=float32"),
+            *("--out", str(tmp_path), "--no-export", "--json"),
+        ]
+    )
+    assert status == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["after"]["params"] < report["before"]["params"]
+    assert report["after"]["accuracy"] is None
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["test_right"] > 0.9
+
+
+def test_samples_that_a_task_cannot_read() -> None:
+    here = "tests.training.masked_language"
+    data, task = f"{here}:dicts", f"{here}:task_of_dicts"
+    with pytest.raises(DataError, match=r"samples \(tensor, label\), found dict; a task= of your"):
+        gp.compile(model(), data=data)
+    for other, message in (
+        (
+            TASK,
+            r"can unpack, found dict of ids, mask, words: ValueError: .* give the Task an unpack",
+        ),
+        (f"{here}:task_of_tuples", "test sample makes no batch: .* give the Task a collate"),
+    ):
+        with pytest.raises(DataError, match=message):
+            gp.compile(model(), data=data, task=other)
+    with pytest.raises(
+        DataError, match=r"batch into \(one tensor per input, target\), found inputs dict"
+    ):
+        replace(load_task(task), unpack=lambda batch: (batch, None)).read({})
 
 
 def _compile(out: Path, *more: str) -> int:
