@@ -3,7 +3,7 @@
 One unit of compute is one epoch of the dense network, forward and backward. Where it teaches, each look of the dense
 network costs a third of that more, a forward pass; an epoch of the cut network costs its share of the MACs:
 
-    gates       epochs of the dense network with gates, then epochs of what is left
+    gates       epochs with gates, of the dense network until they freeze, then epochs of what is left
     others      a choice without training, then epochs of what is left
     scratch     the network that `magnitude` leaves, with new weights, trained from labels alone
 """
@@ -37,6 +37,8 @@ __all__ = ["Budget", "Key", "Row", "pipelines", "run_row", "to_markdown"]
 TEACHER = 1 / 3
 """What one look of the teacher costs in an epoch: the dense network's forward pass."""
 GATES = "trainable-gates"
+FROZEN = 0.4
+"""The part of its epochs in which that pass trains what is left, by default."""
 SCRATCH = "scratch"
 
 
@@ -55,8 +57,13 @@ class Budget:
 
     @property
     def gate_epochs(self) -> int:
-        """Epochs of the dense network with gates, distilled."""
-        return max(1, round(self.gates * self.compute / (1 + TEACHER)))
+        """Epochs with gates, distilled."""
+        return max(1, round(self.gates * self.compute / self.gate_epoch))
+
+    @property
+    def gate_epoch(self) -> float:
+        """What an epoch with gates costs: of the dense network for a part, then of what is left."""
+        return 1.0 - FROZEN + FROZEN * self.target + TEACHER
 
     def epochs(self, *, spent: float = 0.0, looks: int = 1) -> int:
         """Return the epochs of the cut network that the rest of the compute is enough for.
@@ -149,7 +156,7 @@ def pipelines(method: str, budget: Budget) -> tuple[str, str, str]:
     spent, gated, choice = 0.0, 0, method
     if method == GATES:
         gated = budget.gate_epochs
-        spent = gated * (1 + TEACHER)
+        spent = gated * budget.gate_epoch
         choice = format_pass(GATES, {"epochs": gated})
     elif method == SCRATCH:
         choice = "magnitude"

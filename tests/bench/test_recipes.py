@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from graphprune.bench.recipes import (
+    FROZEN,
     TEACHER,
     Budget,
     Key,
@@ -28,6 +29,7 @@ from graphprune.capture import capture
 from graphprune.data import DataSource, load_data
 from graphprune.demo import train_digits
 from graphprune.errors import UsageError
+from graphprune.pipeline import Pipeline
 from graphprune.program import Program
 from tests import gate_networks
 from tests.exactness import capture_as
@@ -47,11 +49,18 @@ def digits() -> DataSource:
     return load_data("digits,holdout=0.2")
 
 
+def test_gates_stand_still_for_as_long_as_it_is_counted() -> None:
+    (gates,) = Pipeline.parse("trainable-gates").passes
+    assert vars(gates)["frozen"] == FROZEN
+
+
 def test_every_method_gets_the_same_compute() -> None:
     for method in ("trainable-gates", "magnitude", "scratch"):
         gated, left = map(int, pipelines(method, BUDGET)[2].split(" + "))
         teacher = 0.0 if method == "scratch" else TEACHER
-        spent = gated * (1 + teacher) + left * (BUDGET.target + teacher)
+        # Gates that stand still stand on what is left.
+        dense = 1 - FROZEN + FROZEN * BUDGET.target
+        spent = gated * (dense + teacher) + left * (BUDGET.target + teacher)
         assert abs(spent - BUDGET.compute) <= (BUDGET.target + teacher) / 2
 
 

@@ -253,6 +253,7 @@ class _Killed(Exception):
     [
         (tiny, {}, 3),
         (tiny, {}, 9),
+        (tiny, {"features": 2.0}, 9),
         # Some heads lose channels, their first among them, and some go whole.
         (transformer, {"granularity": "channels,heads", "target": "macs=0.3"}, 9),
     ],
