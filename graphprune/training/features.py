@@ -36,9 +36,8 @@ def attention_map(x: Tensor, dims: tuple[int, ...], gates: Tensor | None = None)
     Where there are gates, only channels that are open count.
     """
     squares = x.float().square()
-    squares = (
-        squares if gates is None else squares * gates
-    )  # on squares a shut gate has a gradient too
+    if gates is not None:
+        squares = squares * gates  # of squares, so that a shut gate has a gradient too
     return F.normalize(squares.mean(dims).flatten(1), dim=1)
 
 
