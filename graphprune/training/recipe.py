@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from graphprune.training.processes import Precision
 from graphprune.training.task import Task
 
 __all__ = ["Hook", "Moment", "Recipe", "Smaller"]
+
+DISTILL = 0.5
+"""Share of the loss that asks for the dense program's logits, unless a pass is told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,18 @@ class Recipe:
     """Processes that load data; 0: the training process itself."""
     checkpoint_seconds: float = 60.0
     """How often the state is kept between the ends of epochs."""
+
+    @classmethod
+    def of(cls, options: object, task: Task) -> Recipe:
+        """Return the recipe that a pass has as options of the same names; those that it lacks stay at their defaults.
+
+        Where its `distill` is None, half of the loss asks the dense program, if the task can be distilled.
+        """
+        names = [field.name for field in fields(cls) if hasattr(options, field.name)]
+        values: dict[str, Any] = {name: getattr(options, name) for name in names}
+        if values["distill"] is None:
+            values["distill"] = DISTILL if task.is_classification or task.distill else 0.0
+        return cls(**values)
 
     def check(self, task: Task | None = None) -> None:
         """Check every option, before any work is done for it.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
-from graphprune.errors import DataError, UsageError
+from graphprune.errors import DataError, GraphpruneError, UsageError
 from graphprune.exported import flat_outputs
 from graphprune.program import Program
 from graphprune.training.samples import must_be_labels, told_by_shape
@@ -63,14 +64,11 @@ class Task:
         Raises:
             DataError: `unpack` fails on the batch, or does not find tensors in it.
         """
-        try:
+        with _users_code(
+            f"expected a batch that the task can unpack, found {_kind(batch)}",
+            "give the Task an unpack function: batch -> (one tensor per input, target)",
+        ):
             inputs, target = self.unpack(batch)
-        # Whatever the user's own code raises is what the user needs to read.
-        except Exception as error:
-            raise DataError(
-                f"expected a batch that the task can unpack, found {_kind(batch)}: {type(error).__name__}: {error}; "
-                "give the Task an unpack function: batch -> (one tensor per input, target)"
-            ) from error
         if not isinstance(inputs, (tuple, list)) or not all(isinstance(t, Tensor) for t in inputs):
             raise DataError(
                 f"expected the task to unpack a batch into (one tensor per input, target), found inputs {_kind(inputs)}"
@@ -83,13 +81,11 @@ class Task:
         Raises:
             DataError: There is none, or it cannot be read.
         """
-        try:
+        with _users_code(
+            f"data {data.name!r}: the first test sample makes no batch",
+            "mend the data set, or give the Task a collate function: samples -> batch",
+        ):
             batch = next(iter(data.test(1, limit=1, collate=self.collate)), None)
-        except Exception as error:
-            raise DataError(
-                f"data {data.name!r}: the first test sample makes no batch: {type(error).__name__}: {error}; "
-                "give the Task a collate function: samples -> batch"
-            ) from error
         if batch is None:
             raise DataError(f"data {data.name!r}: the test set is empty")
         return self.read(batch)[0]
@@ -148,6 +144,17 @@ def load_task(text: str) -> Task:
             f"found {type(task).__name__}"
         )
     return task
+
+
+@contextmanager
+def _users_code(what: str, advice: str) -> Iterator[None]:
+    """Say of what the user's own functions raise, which may be anything, where it was and what to do."""
+    try:
+        yield
+    except GraphpruneError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what}: {type(error).__name__}: {error}; {advice}") from error
 
 
 def _kind(value: Any) -> str:

@@ -10,8 +10,8 @@ Fang et al. 2023, "DepGraph", section 4.1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,15 +19,12 @@ from graphprune.errors import DataError
 from graphprune.groups import analyze
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
-from graphprune.training import Hook, Moment, Recipe, Task, Trainer, load_task
+from graphprune.training import Hook, Moment, Recipe, Trainer, load_task
 from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
 
 __all__ = ["FineTune"]
-
-DISTILL = 0.5
-"""Share of the loss that asks for the dense program's logits, where the task is a classification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ class FineTune(Pass):
     def check(self, context: Context) -> None:
         """Look at the recipe, the task and the data."""
         task = load_task(self.task)
-        self._recipe(task).check(task)
+        Recipe.of(self, task).check(task)
         if context.data is None:
             raise DataError(f"{self.name} expected training data, found none; give data= or --data")
 
@@ -91,7 +88,7 @@ class FineTune(Pass):
         self.check(context)
         assert context.data is not None
         task = load_task(self.task)
-        recipe = self._recipe(task)
+        recipe = Recipe.of(self, task)
         clone = program.clone()
         trainer = Trainer(
             program=clone,
@@ -120,14 +117,6 @@ class FineTune(Pass):
                 if isinstance(value, (int, float))
             },
         )
-
-    def _recipe(self, task: Task) -> Recipe:
-        distill = self.distill
-        if distill is None:
-            distill = DISTILL if task.is_classification or task.distill is not None else 0.0
-        common = {field.name for field in fields(Recipe)} - {"distill"}
-        values: dict[str, Any] = {name: getattr(self, name) for name in common}
-        return Recipe(distill=distill, **values)
 
 
 class _Zeros(Hook):

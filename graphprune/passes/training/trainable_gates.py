@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from graphprune.budget import Target, is_near, parse_round_to, parse_target
 from graphprune.cost import Cost, Resource
@@ -24,7 +24,7 @@ from graphprune.passes.importance.magnitude import Magnitude
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.training import Outcome, Recipe, Task, Trainer, load_task, write_slices
+from graphprune.training import Outcome, Recipe, Trainer, load_task, write_slices
 from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish
 from graphprune.training.processes import Precision
@@ -35,8 +35,6 @@ __all__ = ["TrainableGates"]
 
 Shares = dict[Resource, float]
 """Fractions of the dense program."""
-DISTILL = 0.5
-"""Share of the loss that asks for the dense program's logits, where the task is a classification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +163,7 @@ class TrainableGates(Pass):
         parse_granularity(self.granularity)
         parse_round_to(self.round_to)
         task = load_task(self.task)
-        self._recipe(task).check(task)
+        Recipe.of(self, task).check(task)
         if context.data is None:
             raise DataError(f"{self.name} expected training data, found none; give data= or --data")
         if self.shape not in SHAPES:
@@ -182,7 +180,7 @@ class TrainableGates(Pass):
 
     def _train(self, gated: Gated, hook: GateHook, context: Context) -> Outcome:
         task = load_task(self.task)
-        recipe = self._recipe(task)
+        recipe = Recipe.of(self, task)
         assert context.data is not None
         measured, dense = gated.groups.cost.measured, gated.groups.cost.total()
         trainer = Trainer(
@@ -203,16 +201,6 @@ class TrainableGates(Pass):
         outcome = trainer.fit()
         publish(outcome.history, out=context.out, checkpoint=context.checkpoint)
         return outcome
-
-    def _recipe(self, task: Task) -> Recipe:
-        distill = self.distill
-        if distill is None:
-            distill = DISTILL if task.is_classification or task.distill is not None else 0.0
-        own = {field.name for field in fields(self)}
-        values: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(Recipe) if field.name in own
-        }
-        return Recipe(**{**values, "distill": distill})
 
     def _metrics(self, outcome: Outcome, own: Shares, chosen: Shares) -> dict[str, float]:
         last = {
