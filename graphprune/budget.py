@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from graphprune.cost import RESOURCES, Cost, Keep, Resource
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
+from graphprune.program import Program
 from graphprune.units import Bundles, Flags, Granularity, Units, find_units
 
 __all__ = [
@@ -81,6 +82,18 @@ class Target:
     def needs_measuring(self) -> bool:
         """Whether a limit is on something that the graph alone does not say."""
         return self.size is not None or self.latency is not None
+
+    def of(self, program: Program) -> Target:
+        """Return the target for a program that may have lost residual blocks.
+
+        Fractions of its MACs and parameters become amounts: they are meant of the program that had them all.
+        """
+        if program.origin is None:
+            return self
+        named: tuple[Resource, ...] = ("macs", "params")
+        dense = {name: getattr(program.origin, name) for name in named}
+        amounts = {n: self._amount(n, dense[n]) for n in named if getattr(self, n) is not None}
+        return replace(self, **amounts, is_amount=self.is_amount | set(amounts))
 
     def limits(self, dense: Cost) -> Cost:
         """Return the limits as amounts.

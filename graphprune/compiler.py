@@ -252,7 +252,8 @@ def apply(
         path = Path(aside) / "plan.json" if isinstance(plan, Plan) else Path(plan)
         if isinstance(plan, Plan):
             plan.save(path)
-        text = replay_pipeline(path, has_data=source is not None, export=export)
+        blocks = Plan.load(path).blocks
+        text = replay_pipeline(path, blocks=blocks, has_data=source is not None, export=export)
         return job.run(Pipeline.parse(text), folder)
 
 

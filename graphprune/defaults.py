@@ -7,6 +7,7 @@ class.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from graphprune import registry, textform
@@ -28,6 +29,8 @@ DEFAULT_TARGET = "macs=0.5"
 DEFAULT_METHOD = "magnitude"
 DEFAULT_ROUND_TO = "auto"
 DEFAULT_GRANULARITY = "channels"
+BLOCKS = "blocks"
+"""The word of a granularity that lets residual blocks go, before anything else does."""
 
 
 def default_pipeline(
@@ -50,12 +53,25 @@ def default_pipeline(
     """
     limits = parse_target(target)  # before any work is done for it
     parse_round_to(str(round_to))
+    words = [word.strip() for word in granularity.split(",")]
+    has_blocks, others = BLOCKS in words, [word for word in words if word != BLOCKS]
+    if not others:
+        if (method, round_to) != (DEFAULT_METHOD, DEFAULT_ROUND_TO):
+            raise UsageError(
+                f"granularity={BLOCKS} chooses no channels, which the method and round_to are about, found "
+                f"method={method} round_to={round_to}; give granularity=channels,{BLOCKS}, or leave them out"
+            )
+        training = _training(epochs, fine_tune, task, has_data=has_data)
+        after = _after_the_choice(
+            [], reestimate=has_data, task=task, training=training, export=export
+        )
+        return ",".join([*_blocks(target), *after])
     _must_be_method(method)
     choice: dict[str, textform.Value] = {"target": target}
     if round_to != DEFAULT_ROUND_TO:
         choice["round_to"] = str(round_to)
-    if granularity != DEFAULT_GRANULARITY:
-        choice["granularity"] = granularity
+    if others != [DEFAULT_GRANULARITY]:
+        choice["granularity"] = ",".join(others)
     parsed = textform.parse(method)[0]
     kind = registry.load(parsed.name)
     options = convert_options(kind, parsed.options)
@@ -69,10 +85,13 @@ def default_pipeline(
             textform.format_pass("choose-channels", choice),
         ]
     steps = [
+        # half of the way is made by blocks: depth and width shrink alike
+        *(_blocks(target, share=0.5) if has_blocks else []),
         "dependency-groups",  # which channels must go together, and which cannot go
         *_measurements(limits),
         *chosen,
         *_after_the_choice(
+            ["remove-channels"],  # the cut; the driver proves it exact
             reestimate=has_data and not kind.chooses,
             task=task,
             training=_training(epochs, fine_tune, task, has_data=has_data),
@@ -92,14 +111,18 @@ def _measurements(limits: Target) -> list[str]:
 def replay_pipeline(
     plan: str | Path,
     *,
+    blocks: Sequence[str] = (),
     has_data: bool = False,
     export: bool = True,
 ) -> str:
-    """Return the pipeline of `apply` as text."""
+    """Return the pipeline of `apply` as text, for a plan that removes these residual blocks among others."""
+    names = ",".join(blocks)
+    remove = ["dependency-groups", textform.format_pass("remove-blocks", {"names": names})]
     steps = [
+        *(remove if names else []),  # first: the rest of the plan is about what they leave
         "dependency-groups",  # the plan is checked against the coupling of this model
         textform.format_pass("load-plan", {"path": str(plan)}),
-        *_after_the_choice(reestimate=has_data, training=[], export=export),
+        *_after_the_choice(["remove-channels"], reestimate=has_data, training=[], export=export),
     ]
     return ",".join(steps)
 
@@ -122,13 +145,18 @@ def training_options(text: str) -> dict[str, textform.Value]:
     return options
 
 
-def _after_the_choice(
-    *, reestimate: bool, training: list[str], export: bool, task: str = ""
-) -> list[str]:
-    steps = [
-        "remove-channels",  # the cut; the driver proves it exact
-        "clean-up",  # what the cut left without a purpose
+def _blocks(target: str, **options: textform.Value) -> list[str]:
+    return [
+        "dependency-groups",  # what the residual blocks are, and what they cost
+        textform.format_pass("choose-blocks", {"target": target, **options}),
+        "remove-blocks",  # the driver proves it exact
     ]
+
+
+def _after_the_choice(
+    cut: list[str], *, reestimate: bool, training: list[str], export: bool, task: str = ""
+) -> list[str]:
+    steps = [*cut, "clean-up"]  # what the cut left without a purpose
     if reestimate:
         given = {"task": task} if task else {}
         # fewer channels, other statistics

@@ -80,7 +80,7 @@ class SurgeryResult:
     """What went."""
     kept: tuple[Kept, ...] = ()
     """What could have gone and did not."""
-    reference: Masked | None = None
+    reference: Masked | Program | None = None
     """What the new program must equal, for `graphprune.verify`; None: the program that came in."""
 
 

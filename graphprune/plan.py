@@ -43,10 +43,12 @@ class Plan(Facts):
 
     slices: Slices
     """Parameter or buffer -> dimension -> kept indices, for everything that is cut."""
+    blocks: tuple[str, ...] = ()
+    """Residual blocks that go before anything is sliced."""
     model: str
     """What the user called the model."""
     fingerprint: str
-    """Hash of the model's parameter names and shapes; a plan fits no other model."""
+    """Hash of the model's parameter names and shapes, once its blocks have gone; a plan fits no other model."""
     method: str = ""
     """The importance that ranked the channels."""
     target: str = ""
@@ -82,14 +84,16 @@ class Plan(Facts):
             if not kept.all():
                 slices.setdefault(place.name, {})[place.dim] = tuple(np.flatnonzero(kept).tolist())
         removed = sum(int((~keep[g.channels]).sum()) for g in groups)
+        blocks = program.origin.blocks if program.origin is not None else ()
         return cls(
             slices=slices,
+            blocks=blocks,
             model=program.source,
             fingerprint=fingerprint(program),
             method=method,
             target=target,
             seed=seed,
-            removed=Removed(channels=removed, heads=heads),
+            removed=Removed(channels=removed, heads=heads, blocks=blocks),
         )
 
     def keep(self, program: Program, groups: DependencyGroups) -> Keep:
@@ -98,6 +102,12 @@ class Plan(Facts):
         Raises:
             PlanError: The plan was made for another model, or contradicts itself.
         """
+        gone = program.origin.blocks if program.origin is not None else ()
+        if sorted(gone) != sorted(self.blocks):
+            raise PlanError(
+                f"the plan is for {self.model!r} without {_blocks(self.blocks)}, but {program.source!r} is without "
+                f"{_blocks(gone)}; put remove-blocks{{names=...}} and dependency-groups before"
+            )
         if (found := fingerprint(program)) != self.fingerprint:
             raise PlanError(
                 f"the plan was made for {self.model!r} with parameters {self.fingerprint}, but {program.source!r} has "
@@ -144,7 +154,12 @@ class Plan(Facts):
             "method": self.method,
             "target": self.target,
             "seed": self.seed,
-            "removed": {"channels": self.removed.channels, "heads": self.removed.heads},
+            "removed": {
+                "channels": self.removed.channels,
+                "heads": self.removed.heads,
+                "blocks": list(self.removed.blocks),
+            },
+            "blocks": list(self.blocks),
             "slices": {
                 n: {str(d): list(k) for d, k in ds.items()} for n, ds in self.slices.items()
             },
@@ -167,6 +182,7 @@ class Plan(Facts):
                     str(n): {int(d): tuple(map(int, k)) for d, k in ds.items()}
                     for n, ds in data["slices"].items()
                 },
+                blocks=tuple(map(str, data.get("blocks", ()))),
                 model=str(data["model"]),
                 fingerprint=str(data["fingerprint"]),
                 method=str(data.get("method", "")),
@@ -202,7 +218,15 @@ class Plan(Facts):
 
 
 def _removed(counts: Mapping[str, Any]) -> Removed:
-    return Removed(channels=int(counts.get("channels", 0)), heads=int(counts.get("heads", 0)))
+    return Removed(
+        channels=int(counts.get("channels", 0)),
+        heads=int(counts.get("heads", 0)),
+        blocks=tuple(map(str, counts.get("blocks", ()))),
+    )
+
+
+def _blocks(names: tuple[str, ...]) -> str:
+    return f"residual blocks {_shorten(', '.join(names))}" if names else "no residual block"
 
 
 def _shorten(value: object) -> str:

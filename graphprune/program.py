@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from graphprune.calling import Calling
 
-__all__ = ["Dialect", "Program", "WholeModel"]
+__all__ = ["Dialect", "Origin", "Program", "WholeModel"]
 
 Dialect = Literal["fx", "export", "module"]
 
@@ -57,6 +57,18 @@ class WholeModel(fx.GraphModule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a program was before residual blocks of it went: what a target is a fraction of."""
+
+    params: int
+    """Parameters that it had."""
+    macs: int
+    """Multiply-accumulates that it did for one sample."""
+    blocks: tuple[str, ...] = ()
+    """Residual blocks that have gone since, in the order in which they went."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """A captured model: graph, parameters, example inputs and origin."""
 
@@ -76,15 +88,21 @@ class Program:
     """Why no tracer captured the model, where the dialect is ``module``."""
     fixed: frozenset[tuple[str, str, int]] = frozenset()
     """Operators of such a model, by module, name and occurrence, before which its own code holds sizes as numbers."""
+    origin: Origin | None = None
+    """What it was before residual blocks of it went; None: none did."""
     history: tuple[str, ...] = ()
     """Text form of every surgery that has changed this program, oldest first."""
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What was found out about this very graph and need not be found out again; a clone gets it, others do not."""
 
-    def evolve(self, module: fx.GraphModule, *, step: str | None = None) -> Program:
+    def evolve(
+        self, module: fx.GraphModule, *, step: str | None = None, origin: Origin | None = None
+    ) -> Program:
         """Return this program with another module, and `step` added to its history."""
         history = self.history if step is None else (*self.history, step)
-        return dataclasses.replace(self, module=module, history=history)
+        return dataclasses.replace(
+            self, module=module, history=history, origin=origin or self.origin
+        )
 
     def clone(self) -> Program:
         """Return a program that shares no parameter, buffer, module or graph node with this one."""

@@ -67,7 +67,9 @@ class Masked:
         return self.keep[self.groups.channel_of]
 
 
-def assert_exact(before: Program, after: Program, reference: Masked | None = None) -> None:
+def assert_exact(
+    before: Program, after: Program, reference: Masked | Program | None = None
+) -> None:
     """Raise unless `after` is what surgery promised to make of `before`.
 
     Raises:
@@ -78,17 +80,25 @@ def assert_exact(before: Program, after: Program, reference: Masked | None = Non
         raise VerifyError(f"the surgery is not exact: {check.detail}")
 
 
-def verify_surgery(before: Program, after: Program, reference: Masked | None = None) -> Check:
+def verify_surgery(
+    before: Program, after: Program, reference: Masked | Program | None = None
+) -> Check:
     """Run the program before and after a surgery on the same random inputs and compare.
 
     Args:
         before: The program that went in.
         after: The program that came out.
-        reference: What went in must be masked like this; None: the outputs must simply be equal.
+        reference: What went in must be masked like this, or what stands in for it; None: the outputs must simply be
+            equal.
 
     Returns:
         The largest relative difference, float64 where both programs fit into memory, else float32.
     """
+    what = "program before"
+    if isinstance(reference, Program):
+        before, reference, what = reference, None, "program with silent branches"
+    elif reference is not None:
+        what = "masked program"
     dtype = torch.float64 if _fits(before, after) else torch.float32
     tolerance = TOLERANCE[dtype]
     before, after = (_as(p, dtype) for p in (before, after))
@@ -104,7 +114,6 @@ def verify_surgery(before: Program, after: Program, reference: Masked | None = N
             return Check(
                 max_abs_err=error.difference, tolerance=tolerance, passed=False, detail=str(error)
             )
-    what = "masked program" if reference is not None else "program before"
     if before.dialect == "module":
         what += ", module by module and in every output,"
         inputs_text = f"the {len(inputs)} example inputs"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from graphprune.data import DataSource, evaluate
-from graphprune.defaults import default_pipeline, training_options
+from graphprune.defaults import DEFAULT_GRANULARITY, default_pipeline, training_options
 from graphprune.devices import pick_device
 from graphprune.errors import UsageError
 from graphprune.groups import analyze
@@ -52,6 +52,8 @@ class Budget:
     """Fraction of the dense MACs that the cut network has."""
     gates: float = 0.5
     """Share of the compute that gates may take."""
+    granularity: str = DEFAULT_GRANULARITY
+    """What may go."""
     options: str = ""
     """Of the training after the cut: ``mixup=1.0 distill=0.9``."""
 
@@ -86,6 +88,8 @@ class Key:
     """Allowed, in epochs of the dense network."""
     gates: float | None = None
     """Share of the compute that gates may take; None: there are none, or it was not recorded then."""
+    granularity: str = DEFAULT_GRANULARITY
+    """What may go."""
     options: str = ""
     """Of the training after the cut."""
     data: str = ""
@@ -104,6 +108,7 @@ class Key:
             seed=seed,
             compute=budget.compute,
             gates=budget.gates if method == GATES else None,
+            granularity=budget.granularity,
             options=budget.options,
             data=data,
             model=model,
@@ -114,6 +119,7 @@ class Key:
         """Return a name for the folder of the run's state: what can be read of it, and a hash of all of it."""
         parts = [self.method, f"{self.target:g}", str(self.seed), f"{self.compute:g}"]
         parts += [] if self.gates is None else [f"gates={self.gates:g}"]
+        parts += [] if self.granularity == DEFAULT_GRANULARITY else [self.granularity]
         text = re.sub(r"[^\w.=+-]", "_", "-".join([*parts, *self.options.split()]))
         values = [getattr(self, field.name) for field in dataclasses.fields(Key)]
         return f"{text[:100]}-{hashlib.sha256(repr(values).encode()).hexdigest()[:8]}"
@@ -161,7 +167,11 @@ def pipelines(method: str, budget: Budget) -> tuple[str, str, str]:
     elif method == SCRATCH:
         choice = "magnitude"
     cut = default_pipeline(
-        target=f"macs={budget.target:g}", method=choice, has_data=method != SCRATCH, export=False
+        target=f"macs={budget.target:g}",
+        method=choice,
+        granularity=budget.granularity,
+        has_data=method != SCRATCH,
+        export=False,
     )
     options: dict[str, Any] = {"lr": 0.1, "distill": 0.0} if method == SCRATCH else {}
     options |= training_options(budget.options)
@@ -206,7 +216,10 @@ def run_row(
 
     start, steps = dense, f"{first},{second}"
     if method == SCRATCH:
-        start, steps = _with_new_weights(Pipeline.parse(first).run(dense).program, seed), second
+        start, steps = (
+            _with_new_weights(Pipeline.parse(first).run(dense, data=data).program, seed),
+            second,
+        )
     result = Pipeline.parse(steps).run(
         start,
         data=data,
@@ -271,4 +284,5 @@ def to_markdown(rows: Sequence[Row], *, dense: float) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"{row.method}, {row.options}" if row.options else row.method
+    granularity = "" if row.granularity == DEFAULT_GRANULARITY else row.granularity
+    return ", ".join(part for part in (row.method, granularity, row.options) if part)

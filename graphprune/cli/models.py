@@ -81,7 +81,8 @@ def compile(
             metavar="NAMES",
             help="What may go, several with commas: channels (any); widths (channels outside of attention heads); "
             "head-dims, query-key-dims, value-dims (those inside); heads; query-heads (of those that share a key, as "
-            "many of each).  [default: channels]",
+            "many of each); blocks (residual ones; half of the way to the target if others may go too).  "
+            "[default: channels]",
             show_default=False,
         ),
     ] = None,

@@ -146,7 +146,7 @@ def _clean(graph: fx.Graph, root: nn.Module) -> None:
     settle_in_place(graph, root)
     erase_dead(graph, root)
     for node in graph.nodes:
-        written = node.args[0] if node.args and _is_impure(node, root) else None
+        written = node.args[0] if node.args and is_impure(node, root) else None
         if isinstance(written, fx.Node) and str(written.target).startswith("_tensor_constant"):
             raise OpaqueFunctionError(
                 f"node {node.name} writes into a tensor that forward makes anew in every call"
@@ -156,11 +156,11 @@ def _clean(graph: fx.Graph, root: nn.Module) -> None:
 def erase_dead(graph: fx.Graph, root: nn.Module) -> None:
     """Erase every node without users that does not write to a tensor; `root` holds the modules that it calls."""
     for node in reversed(graph.nodes):
-        if not node.users and not _is_impure(node, root):
+        if not node.users and not is_impure(node, root):
             graph.erase_node(node)
 
 
-def _is_impure(node: fx.Node, root: nn.Module) -> bool:
+def is_impure(node: fx.Node, root: nn.Module) -> bool:
     """Say whether a node without users must stay: inputs, outputs, and everything that writes to a tensor."""
     if node.op in ("placeholder", "output"):
         return True

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from graphprune.lowering.symbolic import erase_dead
 from graphprune.pipeline import Context, Pass, SurgeryResult
@@ -16,11 +19,24 @@ __all__ = ["CleanUp"]
 
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 """Modules that return their input in evaluation mode."""
+_RELUS = frozenset(
+    (
+        torch.relu,
+        torch.relu_,
+        F.relu,
+        F.relu_,
+        torch.ops.aten.relu.default,
+        torch.ops.aten.relu_.default,
+        "relu",
+        "relu_",
+    )
+)
+"""Functions, operators and methods that return what is positive."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanUp(Pass):
-    """Remove identity modules, nodes without users, and modules that no node calls; outputs stay as they are."""
+    """Remove identities, repeated ReLUs, nodes without users, and unused modules; outputs stay as they are."""
 
     name: ClassVar[str] = "clean-up"
 
@@ -31,6 +47,7 @@ class CleanUp(Pass):
         """Return the program without what does nothing."""
         module = copy.deepcopy(program.module)
         removed = _bypass_identities(module, keep_dropout=self.keep_dropout)
+        removed += _bypass_repeated(module)
         before = len(module.graph.nodes)
         # Not torch.fx's own elimination, which takes ``x[a:b].zero_()`` for dead where nobody uses what it returns.
         erase_dead(module.graph, module)
@@ -42,6 +59,26 @@ class CleanUp(Pass):
             return SurgeryResult(program=program, modified=False)
         module.recompile()
         return SurgeryResult(program=program.evolve(module, step=self.spec()), modified=True)
+
+
+def _bypass_repeated(module: fx.GraphModule) -> int:
+    """Take out every ReLU of a ReLU; where a block between two has gone, they stand side by side."""
+    modules = dict(module.named_modules())
+    relus = [node for node in module.graph.nodes if _is_relu(node, modules)]
+    count = 0
+    for node in relus:
+        source = node.all_input_nodes[0]
+        if _is_relu(source, modules):
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], nn.ReLU)
+    return node.target in _RELUS and node.op in ("call_function", "call_method")
 
 
 def _bypass_identities(module: fx.GraphModule, *, keep_dropout: bool) -> int:

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from graphprune.budget import (
     AUTO_STEPS,
@@ -34,6 +33,7 @@ from graphprune.errors import DataError, PassError, TargetError
 from graphprune.groups import DependencyGroups
 from graphprune.measured import Measurements, land
 from graphprune.outcome import Kept
+from graphprune.output_error import OutputError
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -234,7 +234,9 @@ class _Surgeon:
         for count in probes:
             for node, weight in removal.weights[count].items():
                 self._write(node, weight)
-            ratios.append(self._output_error() / max(float(removal.errors[count]), 1e-30))
+            ratios.append(
+                self.probe.of(self.program.module) / max(float(removal.errors[count]), 1e-30)
+            )
         for node in removal.weights[probes[0]]:
             self._write(node, self.dense[node])
         scale = np.interp(np.arange(size), probes, ratios)
@@ -246,26 +248,13 @@ class _Surgeon:
         with torch.no_grad():
             parameter.copy_(weight.view_as(parameter))
 
-    def _probe(self) -> list[tuple[Tensor, Tensor]]:
-        """Return inputs with the dense program's outputs on them."""
+    def _probe(self) -> OutputError | None:
+        """Return what tells how far the outputs are from the dense program's."""
         count = self.options.probe_samples
         if not count:
-            return []
+            return None
         inputs = torch.cat(list(self.samples))[:count].split(self.options.batch_size)
-        return [(x, self._outputs(x)) for x in inputs]
-
-    def _outputs(self, inputs: Tensor) -> Tensor:
-        with torch.inference_mode():
-            module = self.program.module.to(self.context.device)
-            leaves = tree_leaves(module(inputs.to(self.context.device)))
-        parts = [t.flatten(1) for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-        return torch.cat(parts, 1).cpu().double()
-
-    def _output_error(self) -> float:
-        """Return the squared error of the output against the dense one's, relative to its variance over samples."""
-        error = sum(float((self._outputs(x) - y).square().sum()) for x, y in self.probe)
-        dense = torch.cat([y for _, y in self.probe])
-        return error / max(float((dense - dense.mean(0)).square().sum()), 1e-30)
+        return OutputError(self.program.module, inputs, self.context.device)
 
     # -- choice -----------------------------------------------------------------------------------------------------
 
@@ -275,7 +264,7 @@ class _Surgeon:
         Raises:
             TargetError: The target cannot be reached.
         """
-        target = parse_target(self.options.target)
+        target = parse_target(self.options.target).of(self.program)
         if target.ratio is not None:
             return [
                 max(n for n in self._counts(g, 1) if n <= target.ratio * len(g) + 1e-9)
@@ -372,7 +361,7 @@ class _Surgeon:
             ):
                 self._refit(moments, alive[moments.layer.node])
                 task.advance()
-        return self._output_error() if self.probe else float("nan")
+        return self.probe.of(self.program.module) if self.probe else float("nan")
 
     def _refit(self, moments: Moments, alive: Tensor) -> None:
         layer = moments.layer

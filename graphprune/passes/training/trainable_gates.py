@@ -102,7 +102,8 @@ class TrainableGates(Pass):
         """Train a clone with gates, and return it without them, with the plan that removes what is shut."""
         self.check(context)
         groups = context.need(DependencyGroups)
-        target, granularity = parse_target(self.target), parse_granularity(self.granularity)
+        target = parse_target(self.target).of(program)
+        granularity = parse_granularity(self.granularity)
         gated = insert_gates(
             program,
             groups,
