@@ -3,13 +3,14 @@
 Parameters and buffers take the cut program's values, and modules take the sizes that the cut wrote into their
 counterparts. A size that the graph holds as a number often comes from an attribute of the module that the node belongs
 to (``head_dim``, ``num_heads``): an attribute of the old value takes the new one, where all nodes of the module agree
-on it. What the user's ``forward`` says in literal numbers no attribute can change. So the result is run beside the cut
-program, and an error says which literals stood in the way.
+on it. The module of a residual block that is gone becomes the identity. What the user's ``forward`` says in literal
+numbers no attribute can change. So the result is run beside the cut program, and an error says what stood in the way.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,7 @@ from graphprune.errors import ApplyError
 from graphprune.groups import analyze
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.residual import named_blocks, without_blocks
 
 __all__ = ["apply_plan_to"]
 
@@ -39,9 +41,14 @@ def apply_plan_to(model: nn.Module, program: Program, cut: Program, plan: Plan) 
     Raises:
         ApplyError: The class cannot hold the cut; says what stands in the way.
     """
-    groups = analyze(program)
-    changes = cut_program(program, groups, plan.keep(program, groups))
     smaller = copy.deepcopy(model).eval()
+    groups = analyze(program)
+    if plan.blocks:
+        blocks = named_blocks(program, groups, plan.blocks)
+        program = without_blocks(program, groups, blocks)
+        groups = analyze(program)
+        _take_out(smaller, [block.name for block in blocks])
+    changes = cut_program(program, groups, plan.keep(program, groups))
     _take_tensors(smaller, cut)
     for path, attributes in changes.attributes.items():
         module = _submodule(smaller, path)
@@ -51,6 +58,18 @@ def apply_plan_to(model: nn.Module, program: Program, cut: Program, plan: Plan) 
     _take_shapes(smaller)
     _assert_equal(smaller, cut, changes)
     return smaller
+
+
+def _take_out(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Let the modules of residual blocks return what they are given."""
+    for name in blocks:
+        if ":" in name or not name:
+            raise ApplyError(
+                f"{type(model).__name__} has no module that is the residual block {name} and nothing else, so none can "
+                "be taken out of it. Use result.program.module, which runs without the class."
+            )
+        _submodule(model, name)
+        model.set_submodule(name, nn.Identity())
 
 
 def _take_sizes(model: nn.Module, program: Program, changes: Cut) -> None:
@@ -123,9 +142,12 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut) -> None:
     literals = [f"{c.node}: {c.old} -> {c.new}" for c in changes.literals]
+    blocks = cut.origin.blocks if cut.origin is not None else ()
     reason = (
         f"the cut rewrote {len(literals)} sizes that its forward says in numbers ({'; '.join(literals[:3])})"
         if literals
+        else f"it does more with {', '.join(blocks[:3])} than to hand a tensor through, or its forward depends on sizes"
+        if blocks
         else "its forward depends on the sizes that were cut"
     )
     advice = (

@@ -55,7 +55,7 @@ class Plan(Facts):
     """What was asked for."""
     seed: int = 0
     removed: Removed = Removed()
-    """How much goes."""
+    """How many channels and heads go."""
 
     @classmethod
     def of(
@@ -84,16 +84,15 @@ class Plan(Facts):
             if not kept.all():
                 slices.setdefault(place.name, {})[place.dim] = tuple(np.flatnonzero(kept).tolist())
         removed = sum(int((~keep[g.channels]).sum()) for g in groups)
-        blocks = program.origin.blocks if program.origin is not None else ()
         return cls(
             slices=slices,
-            blocks=blocks,
+            blocks=_gone(program),
             model=program.source,
             fingerprint=fingerprint(program),
             method=method,
             target=target,
             seed=seed,
-            removed=Removed(channels=removed, heads=heads, blocks=blocks),
+            removed=Removed(channels=removed, heads=heads),
         )
 
     def keep(self, program: Program, groups: DependencyGroups) -> Keep:
@@ -102,11 +101,10 @@ class Plan(Facts):
         Raises:
             PlanError: The plan was made for another model, or contradicts itself.
         """
-        gone = program.origin.blocks if program.origin is not None else ()
-        if sorted(gone) != sorted(self.blocks):
+        if self.blocks and not _gone(program):
             raise PlanError(
-                f"the plan is for {self.model!r} without {_blocks(self.blocks)}, but {program.source!r} is without "
-                f"{_blocks(gone)}; put remove-blocks{{names=...}} and dependency-groups before"
+                f"the plan is for {self.model!r} without residual blocks {_shorten(', '.join(self.blocks))}, and "
+                f"{program.source!r} has all of its; put remove-blocks and dependency-groups before"
             )
         if (found := fingerprint(program)) != self.fingerprint:
             raise PlanError(
@@ -154,11 +152,7 @@ class Plan(Facts):
             "method": self.method,
             "target": self.target,
             "seed": self.seed,
-            "removed": {
-                "channels": self.removed.channels,
-                "heads": self.removed.heads,
-                "blocks": list(self.removed.blocks),
-            },
+            "removed": {"channels": self.removed.channels, "heads": self.removed.heads},
             "blocks": list(self.blocks),
             "slices": {
                 n: {str(d): list(k) for d, k in ds.items()} for n, ds in self.slices.items()
@@ -218,15 +212,12 @@ class Plan(Facts):
 
 
 def _removed(counts: Mapping[str, Any]) -> Removed:
-    return Removed(
-        channels=int(counts.get("channels", 0)),
-        heads=int(counts.get("heads", 0)),
-        blocks=tuple(map(str, counts.get("blocks", ()))),
-    )
+    return Removed(channels=int(counts.get("channels", 0)), heads=int(counts.get("heads", 0)))
 
 
-def _blocks(names: tuple[str, ...]) -> str:
-    return f"residual blocks {_shorten(', '.join(names))}" if names else "no residual block"
+def _gone(program: Program) -> tuple[str, ...]:
+    """Return the residual blocks that a program has lost."""
+    return program.origin.blocks if program.origin is not None else ()
 
 
 def _shorten(value: object) -> str:

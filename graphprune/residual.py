@@ -10,8 +10,10 @@ zeros in place of what the branch returns.
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,7 +54,9 @@ class ResidualBlock:
     """A branch that its shortcut can stand in for."""
 
     name: str
-    """What people call it: the module that holds it where that is one of its own, else the module and the sum."""
+    """What people call it: the module that holds all of it if that holds no other block, or the one that holds most."""
+    module: str
+    """The innermost module that holds all of it, and maybe others."""
     sum: str
     """The node that adds branch and shortcut."""
     shortcut: str
@@ -85,11 +89,13 @@ def find_residual_blocks(program: Program, groups: DependencyGroups) -> tuple[Re
         for branch, shortcut in _operands(node, groups):
             gone = _needed_by(branch, node, program.module)
             paid = [costs[n.name] for n in gone if n.name in costs]
-            if not paid or shortcut in gone or not _comes_from(branch, shortcut):
+            if not paid or not _comes_from(branch, _behind_identities(shortcut, program.module)):
                 continue
+            module = _common_module(_held(gone, program.module))
             found.append(
                 ResidualBlock(
-                    name=_common_module(gone, program.module),
+                    name=module,
+                    module=module,
                     sum=node.name,
                     shortcut=shortcut.name,
                     branch=branch.name,
@@ -99,29 +105,38 @@ def find_residual_blocks(program: Program, groups: DependencyGroups) -> tuple[Re
                 )
             )
             break
-    names = [block.name for block in found]
-    return tuple(_told_apart(b) if names.count(b.name) > 1 or not b.name else b for b in found)
+    for name in (_heaviest_module, _module_and_sum):
+        found = [
+            replace(b, name=name(b, program.module)) if _is_vague(b, found) else b for b in found
+        ]
+    return tuple(found)
 
 
 def named_blocks(
     program: Program, groups: DependencyGroups, names: Iterable[str]
 ) -> tuple[ResidualBlock, ...]:
-    """Return the residual blocks of these names, in graph order; a sum's own name does as well.
+    """Return the residual blocks of these names, in graph order.
+
+    Args:
+        program: A program.
+        groups: Its analysis.
+        names: Of blocks, of sums, or of modules, which stand for all blocks that they hold.
 
     Raises:
         PlanError: The program has no such residual block.
     """
     blocks = find_residual_blocks(program, groups)
-    wanted = [name.strip() for name in names]
-    for name in wanted:
-        if not any(_is_called(block, name) for block in blocks):
-            known = ", ".join(block.name for block in blocks[:8]) + (
-                ", ..." if len(blocks) > 8 else ""
-            )
+    chosen = set[ResidualBlock]()
+    for name in map(str.strip, names):
+        exact = {block for block in blocks if name in (block.name, block.sum)}
+        meant = exact or {block for block in blocks if _is_inside(block.module, name)}
+        if not meant:
+            first = ", ".join(block.name for block in blocks[:8]) + (", ..." if blocks[8:] else "")
             raise PlanError(
-                f"{program.source} has no residual block {name!r}; known: {known or 'none'}"
+                f"{program.source} has no residual block {name!r}; known: {first or 'none'}"
             )
-    return tuple(b for b in blocks if any(_is_called(b, name) for name in wanted))
+        chosen |= meant
+    return tuple(block for block in blocks if block in chosen)
 
 
 def without_blocks(
@@ -232,32 +247,63 @@ def _comes_from(branch: fx.Node, shortcut: fx.Node) -> bool:
     return False
 
 
-def _owner(node: fx.Node, root: nn.Module) -> str | None:
-    """Return the path of the module that holds the tensors of a node; None if it has none."""
-    if node.op == "call_module":
+def _behind_identities(node: fx.Node, root: nn.Module) -> fx.Node:
+    """Return what a node hands through: some models put an identity where another size has a projection."""
+    while node.op == "call_module" and isinstance(
+        root.get_submodule(str(node.target)), nn.Identity
+    ):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _held(nodes: Iterable[fx.Node], root: nn.Module) -> dict[str, int]:
+    """Return the modules whose parameters some nodes use, with the number of these."""
+    held: Counter[str] = Counter()
+    for node in nodes:
         path = str(node.target)
-        return path if any(True for _ in root.get_submodule(path).parameters()) else None
-    return str(node.target).rpartition(".")[0] if node.op == "get_attr" else None
+        if node.op == "call_module":
+            held[path] += sum(p.numel() for p in root.get_submodule(path).parameters())
+        elif node.op == "get_attr":
+            owner, _, name = path.rpartition(".")
+            value = getattr(root.get_submodule(owner), name)
+            held[owner] += value.numel() if isinstance(value, nn.Parameter) else 0
+    return {path: count for path, count in held.items() if count}
 
 
-def _common_module(nodes: Iterable[fx.Node], root: nn.Module) -> str:
-    """Return the innermost module that holds the tensors of all nodes."""
-    paths = [owner.split(".") for node in nodes if (owner := _owner(node, root)) is not None]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+def _common_module(paths: Iterable[str]) -> str:
+    """Return the innermost module that all of these are, or are in."""
+    split = [path.split(".") for path in paths]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    return ".".join(parts[0] for parts in same)
 
 
-def _told_apart(block: ResidualBlock) -> ResidualBlock:
-    name = f"{block.name}:{block.sum}" if block.name else block.sum
-    return replace(block, name=name)
+def _heaviest_module(block: ResidualBlock, module: fx.GraphModule) -> str:
+    """Return the innermost module with modules inside that holds most of a block's parameters."""
+    held: Counter[str] = Counter()
+    for path, count in _held(_nodes(module, block.nodes), module).items():
+        parts = path.split(".")
+        for length in range(1, len(parts)):
+            held[".".join(parts[:length])] += count
+    most = (path for path, count in held.items() if 2 * count > block.params)
+    return max(most, key=len, default=block.module)
 
 
-def _is_called(block: ResidualBlock, name: str) -> bool:
-    return name in (block.name, block.sum) or name.endswith(f":{block.sum}")
+def _nodes(module: fx.GraphModule, names: Collection[str]) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.name in names]
+
+
+def _module_and_sum(block: ResidualBlock, *_: object) -> str:
+    return f"{block.module}:{block.sum}" if block.module else block.sum
+
+
+def _is_vague(block: ResidualBlock, blocks: Iterable[ResidualBlock]) -> bool:
+    """Tell whether a block's name is no name, or that of a module with another block that is not a part of it."""
+    others = (b for b in blocks if b.sum != block.sum and b.sum not in block.nodes)
+    return not block.name or any(_is_inside(other.module, block.name) for other in others)
+
+
+def _is_inside(module: str, other: str) -> bool:
+    return module == other or module.startswith(f"{other}.")
 
 
 def _tensors_read(graph: fx.Graph) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -12,8 +13,10 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.budget import Target, choose, parse_target
+from graphprune.cost import Cost
 from graphprune.errors import TargetError
 from graphprune.groups import DependencyGroups, Place, analyze
+from graphprune.program import Origin
 from tests import models
 from tests.exactness import random_scores
 
@@ -261,3 +264,17 @@ class TestRefusals:
         scores[3] = value
         with pytest.raises(TargetError, match="scores hold NaN or infinite values"):
             choose(groups, scores, Target(macs=0.5))
+
+
+def test_fractions_are_of_the_program_that_had_its_blocks() -> None:
+    program = gp.capture(models.tiny_residual(), torch.randn(1, 3, 16, 16))
+    target = parse_target("macs=0.25,params=400,latency=0.5")
+    assert target.of(program) == target
+    lost = program.evolve(program.module, origin=Origin(params=2000, macs=10000))
+    amounts = target.of(lost)
+    assert (amounts.macs, amounts.params, amounts.latency) == (2500.0, 400.0, 0.5)
+    left = Cost(params=1000, macs=5000, latency=4.0)
+    assert amounts.limits(left) == Cost(params=400, macs=2500, latency=2.0)
+    tiny = program.evolve(program.module, origin=Origin(params=1, macs=1))
+    below_one = dataclasses.replace(target, macs=0.5).of(tiny)
+    assert below_one.limits(left).macs == 0  # an amount, and no fraction of what is left

@@ -292,6 +292,17 @@ def test_inspect_shows_groups_costs_and_reasons(here: Path, capsys: Capture) -> 
     assert "pinned: " in out
 
 
+def test_inspect_shows_residual_blocks(capsys: Capture) -> None:
+    command = ["inspect", "tests.models:resnet20", "--input", "1x3x32x32"]
+    data = run_json(capsys, *command)
+    assert len(data["blocks"]) == 7
+    assert data["blocks"][0]["name"] == "layer1.0"
+    assert data["blocks"][0]["macs"] == 2 * 9 * 16 * 16 * 32 * 32
+    status, out, _ = run(capsys, *command)
+    assert status == 0
+    assert "7 residual blocks with 81 % of the MACs can be removed whole" in out
+
+
 def test_bench_shows_a_table(here: Path, capsys: Capture) -> None:
     run_json(capsys, "compile", "cli_net:net", "--input", "1x1x8x8")
     status, out, _ = run(capsys, "bench", "out/model.onnx", "out/model.onnx", "--runs", "2")

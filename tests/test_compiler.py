@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import graphprune as gp
 from graphprune.compiler import default_pipeline, replay_pipeline
-from graphprune.errors import OutputError, PlanError, TargetError, UsageError
+from graphprune.data import DataSource
+from graphprune.errors import (
+    ApplyError,
+    DataError,
+    OutputError,
+    PlanError,
+    TargetError,
+    UsageError,
+)
+from tests import gate_networks
 
 
 class Net(nn.Module):
@@ -140,3 +152,77 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         gp.compile("torchvision:never-loaded", out=tmp_path / "file")
+
+
+def _noise(*shape: int) -> DataSource:
+    """Return a data set of noise."""
+
+    def split(name: str) -> TensorDataset:
+        generator = torch.Generator().manual_seed(len(name))
+        return TensorDataset(torch.randn(64, *shape, generator=generator), torch.arange(64) % 10)
+
+    return DataSource(name="noise", input_shape=shape, num_classes=10, split=split)
+
+
+@pytest.mark.parametrize("granularity", ["blocks", "channels,blocks"])
+def test_residual_blocks_go_and_the_plan_replays_them(granularity: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    image = torch.zeros(1, 3, 32, 32)
+    result = gp.compile(
+        model,
+        image,
+        target="macs=0.7",
+        granularity=granularity,
+        data=_noise(3, 32, 32),
+        export=False,
+        out=tmp_path,
+    )
+    assert result.passed
+    assert result.plan is not None
+    assert result.plan.blocks == result.report.removed.blocks
+    assert result.plan.blocks
+    # The first block of the later stages has a stride: its shortcut is no tensor that the branch was computed from.
+    names = {"layer1.0", *(f"layer{stage}.1" for stage in (1, 2, 3, 4))}
+    assert set(result.plan.blocks) <= names
+    assert (result.report.removed.channels > 0) == (granularity != "blocks")
+    assert result.report.after.macs is not None
+    assert result.report.before.macs is not None
+    assert result.report.after.macs <= 0.7 * result.report.before.macs
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["removed"]["blocks"] == list(result.plan.blocks)
+
+    again = gp.apply(tmp_path / "plan.json", model, image, export=False)
+    assert again.passed
+    assert again.report.removed == result.report.removed
+    shapes = [{n: t.shape for n, t in r.program.named_tensors()} for r in (again, result)]
+    assert shapes[0] == shapes[1]
+
+    smaller = result.apply_to(model)
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(smaller(x), result.program.module(x), rtol=1e-4, atol=1e-5)
+    assert all(isinstance(smaller.get_submodule(name), nn.Identity) for name in result.plan.blocks)
+    assert sum(p.numel() for p in smaller.parameters()) == result.report.after.params
+
+
+def test_a_class_that_cannot_do_without_a_block_is_refused() -> None:
+    model = gate_networks.residual()  # x + left(x): without left, it would add x to itself
+    result = gp.compile(
+        model,
+        torch.zeros(2, 1, 8, 8),
+        passes='dependency-groups,choose-blocks{target="macs=0.8"},remove-blocks',
+        data=_noise(1, 8, 8),
+    )
+    with pytest.raises(ApplyError, match="does more with (left|right) than to hand a tensor thro"):
+        result.apply_to(model)
+
+
+def test_granularity_blocks_says_what_does_not_go_with_it(model: nn.Module) -> None:
+    with pytest.raises(UsageError, match="chooses no channels.* found method=wanda round_to=auto"):
+        gp.compile(model, X, method="wanda", granularity="blocks")
+    with pytest.raises(DataError, match="choose-blocks expected training data"):
+        gp.compile(model, X, granularity="channels,blocks")
+    with pytest.raises(TargetError, match="expected a target of macs= or params=, found 'ratio"):
+        gp.compile(model, X, granularity="channels,blocks", target="ratio=0.5")
+    with pytest.raises(UsageError, match="known: channels, widths, .*and blocks, which passes of"):
+        gp.compile(model, X, granularity="atoms")

@@ -18,6 +18,8 @@ from graphprune.errors import PlanError
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.plan import Plan, fingerprint
 from graphprune.program import Program
+from graphprune.residual import named_blocks, without_blocks
+from tests import gate_networks
 from tests.exactness import random_scores
 from tests.models import tiny_dense, tiny_residual, tiny_transformer
 
@@ -171,3 +173,27 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PlanError, match="cannot read the plan"):
         Plan.load(binary)
+
+
+def test_residual_blocks_are_part_of_a_plan(tmp_path: Path) -> None:
+    dense = gp.capture(gate_networks.residual(), torch.randn(2, 1, 8, 8))
+    groups = analyze(dense)
+    program = without_blocks(dense, groups, named_blocks(dense, groups, ["left"]))
+    fewer = analyze(program)
+    choice = choose(fewer, random_scores(fewer, 0), parse_target("macs=0.5"))
+    plan = Plan.of(program, fewer, choice.keep)
+    assert plan.blocks == ("left",)
+    assert not any(name.startswith("left") for name in plan.slices)
+    plan.save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["blocks"] == ["left"]
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert (loaded.keep(program, fewer) == choice.keep).all()
+    with pytest.raises(PlanError, match="without residual blocks left, and .* has all of its; put"):
+        loaded.keep(dense, groups)
+
+
+def test_a_plan_of_before_there_were_blocks_is_read(plan: Plan) -> None:
+    data = plan.to_json()
+    del data["blocks"]
+    assert Plan.from_json(data) == plan

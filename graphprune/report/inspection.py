@@ -15,6 +15,7 @@ from graphprune.groups import DependencyGroup, analyze
 from graphprune.outcome import Kept
 from graphprune.program import Program
 from graphprune.report.text import TABLE_BOX
+from graphprune.residual import ResidualBlock, find_residual_blocks
 
 __all__ = ["Inspection"]
 
@@ -39,6 +40,8 @@ class Inspection:
     """The dependency groups in graph order."""
     costs: tuple[NodeCost, ...]
     """What every node costs, in graph order."""
+    blocks: tuple[ResidualBlock, ...]
+    """The residual blocks in graph order."""
     kept: tuple[Kept, ...]
     """What cannot go, and why."""
 
@@ -52,6 +55,7 @@ class Inspection:
             macs=groups.cost.macs,
             groups=tuple(groups),
             costs=tuple(groups.cost.per_node()),
+            blocks=find_residual_blocks(program, groups),
             kept=groups.kept,
         )
 
@@ -74,6 +78,10 @@ class Inspection:
                 for group in self.groups
             ],
             "nodes": [{"node": c.node, "params": c.params, "macs": c.macs} for c in self.costs],
+            "blocks": [
+                {"name": b.name, "sum": b.sum, "params": b.params, "macs": b.macs}
+                for b in self.blocks
+            ],
             "kept": [{"what": kept.what, "why": kept.why} for kept in self.kept],
         }
 
@@ -91,6 +99,14 @@ class Inspection:
         console.print(
             f"{len(self.groups)} dependency groups; {len(free)} of them with {channels:,} channels can be cut"
         )
+        if self.blocks:
+            macs = sum(block.macs for block in self.blocks)
+            share = f" with {100 * macs / self.macs:.0f} % of the MACs" if self.macs else ""
+            first, last = self.blocks[0].name, self.blocks[-1].name
+            console.print(
+                f"{len(self.blocks)} residual blocks{share} can be removed whole, "
+                f"{escape(first)} to {escape(last)} (granularity blocks)"
+            )
         console.print(self._groups_table(free))
         console.print(self._costs_table())
         for why, count in Counter(kept.why for kept in self.kept).most_common(MOST_ROWS):

@@ -216,3 +216,18 @@ def test_rows_from_before_names_were_recorded_are_read() -> None:
     row = Row(**json.loads(text))
     assert (row.gates, row.data, row.model, row.weights) == (None, "", "", "")
     assert row.key == Key(method="obs", target=0.5, seed=0, compute=5.0, options="lr=0.05")
+
+
+def test_residual_blocks_go_where_the_granularity_says_so(digits: DataSource) -> None:
+    budget = Budget(compute=1.0, target=0.6, granularity="channels,blocks")
+    cut, _, _ = pipelines("magnitude", budget)
+    assert 'choose-blocks{target="macs=0.6" share=0.5},remove-blocks' in cut
+    residual = capture(gate_networks.residual(), torch.randn(2, 1, 8, 8))
+    row = run_row(residual, digits, "magnitude", budget)
+    assert row.granularity == "channels,blocks"
+    assert row.macs <= 0.6
+    assert Row(**json.loads(json.dumps(row.to_json()))) == row
+    plain = Budget(compute=1.0, target=0.6)
+    keys = [Key.of("magnitude", b, seed=0, data="", model="", weights="") for b in (budget, plain)]
+    assert keys[0].folder() != keys[1].folder()
+    assert "magnitude, channels,blocks" in to_markdown([row], dense=0.5)

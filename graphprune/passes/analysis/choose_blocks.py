@@ -24,7 +24,6 @@ from graphprune.budget import Target, parse_target
 from graphprune.cost import Cost, Resource
 from graphprune.errors import DataError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
-from graphprune.outcome import Removed
 from graphprune.output_error import OutputError
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan, fingerprint
@@ -71,7 +70,6 @@ class ChooseBlocks(Pass):
             method=self.name,
             target=self.target,
             seed=context.seed,
-            removed=Removed(blocks=tuple(block.name for block in chosen)),
         )
 
     def check(self, context: Context) -> None:
@@ -134,11 +132,16 @@ class ChooseBlocks(Pass):
                     params=groups.cost.params - sum(block.params for block in chosen),
                     macs=groups.cost.macs - sum(block.macs for block in chosen),
                 )
-        return chosen
+        return [block for block in blocks if block in chosen]
 
     def _out_of_reach(
         self, program: Program, blocks: Sequence[ResidualBlock], left: Cost, limits: Cost
     ) -> str:
+        if not blocks:
+            return (
+                f"{program.source} has no residual block that could go: no sum of a tensor and something computed from "
+                "it; leave blocks out of the granularity"
+            )
         return (
             f"target {self.target!r}: without any of its {len(blocks)} residual blocks {program.source} has "
             f"{left.macs:,} MACs and {left.params:,} parameters; {limits.macs:,} and {limits.params:,} were asked for. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from graphprune.cut import cut_program
@@ -37,7 +37,7 @@ class RemoveChannels(Pass):
         return SurgeryResult(
             program=cut.program,
             modified=True,
-            removed=replace(plan.removed, blocks=()),  # they went before
+            removed=plan.removed,
             kept=groups.kept,
             reference=Masked(groups, keep),
         )

@@ -13,6 +13,7 @@ from graphprune import registry
 from graphprune.capture import capture
 from graphprune.pipeline import Context, Pipeline, SurgeryResult
 from graphprune.program import Program
+from tests.exactness import capture_as
 
 
 def _slice_method(x: Tensor) -> Tensor:
@@ -138,3 +139,27 @@ def test_the_driver_proves_it() -> None:
     check = Pipeline.parse("clean-up").run(program, device="cpu").checks["surgery"]
     assert check.passed
     assert check.max_abs_err == 0.0
+
+
+class _Repeated(nn.Module):
+    """ReLUs of every kind, one after the other, as they stand once a block between two is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.relu(torch.relu(x))).relu()
+        result: Tensor = self.head(self.relu(x) - 1)
+        return result
+
+
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+def test_a_relu_of_a_relu_goes(dialect: str) -> None:
+    program = capture_as(_Repeated(), torch.randn(2, 8), dialect)
+    result = _clean(program)
+    left = [node for node in result.program.module.graph.nodes if "relu" in node.name]
+    assert len(left) == 1
+    x = torch.randn(4, 8)
+    assert torch.equal(result.program.module(x), program.module(x))
