@@ -35,6 +35,7 @@ __all__ = [
     "Products",
     "Resource",
     "element_term",
+    "with_blocks",
 ]
 
 Keep = NDArray[np.bool_]
@@ -54,6 +55,12 @@ class Cost:
     """Bytes of the exported file; 0 where they were not measured."""
     latency: float = 0.0
     """Milliseconds of one sample in ONNX Runtime, as a model of measurements has it; 0 where none were taken."""
+
+
+def with_blocks(cost: Cost, program: Program) -> Cost:
+    """Return what a program of this cost had before residual blocks of it went, as far as graphs say it."""
+    origin = program.origin
+    return cost if origin is None else replace(cost, params=origin.params, macs=origin.macs)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from graphprune.budget import Target, parse_target
-from graphprune.cost import Cost, Resource
+from graphprune.cost import Cost, Resource, with_blocks
 from graphprune.errors import DataError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.output_error import OutputError
@@ -49,7 +49,8 @@ class ChooseBlocks(Pass):
     target: str = "macs=0.5"
     """Limits on macs= and params=, as for choose-channels."""
     share: float = 1.0
-    """How much of the way to the target blocks go, counted in factors: 0.5 of ``macs=0.25`` is ``macs=0.5``."""
+    """How much of the way to the target blocks go, counted in factors: 0.5 of ``macs=0.25`` is ``macs=0.5``. Below 1
+    they go as far as they can, for something else is to go the rest."""
     num_samples: int = 256
     """How many training samples to run on; their labels are not looked at."""
     batch_size: int = 128
@@ -96,9 +97,7 @@ class ChooseBlocks(Pass):
 
     def _limits(self, program: Program, groups: DependencyGroups) -> Cost:
         """Return the amounts that may be left."""
-        cost = groups.cost.total()
-        dense = program.origin or cost
-        whole = Cost(params=dense.params, macs=dense.macs)
+        whole = with_blocks(groups.cost.total(), program)
         limits = self._target().limits(whole)
         return Cost(
             params=_part_of_the_way(whole.params, limits.params, self.share),
@@ -113,7 +112,8 @@ class ChooseBlocks(Pass):
         limits: Cost,
         context: Context,
     ) -> list[ResidualBlock]:
-        judge = OutputError(program.module, self._samples(context), context.device)
+        module = program.clone().module  # it goes to the device
+        judge = OutputError(module, self._samples(context), context.device)
         left, error, chosen = groups.cost.total(), 0.0, list[ResidualBlock]()
         with context.progress.task("choose-blocks: what the outputs miss least") as task:
             while over := _over(left, limits):
@@ -121,8 +121,10 @@ class ChooseBlocks(Pass):
                 errors = dict[ResidualBlock, float]()
                 for block in [block for block, share in saved.items() if share]:
                     without = partial(bypass, blocks=[*chosen, block])
-                    errors[block] = judge.of(sharing(program.module, without))
+                    errors[block] = judge.of(sharing(module, without))
                     task.advance()
+                if not errors and self.share < 1:
+                    break  # channels go the rest of the way
                 if not errors:
                     raise TargetError(self._out_of_reach(program, blocks, left, limits))
                 best = min(errors, key=lambda b: (errors[b] - error) / saved[b])
@@ -156,9 +158,9 @@ class ChooseBlocks(Pass):
 
 def _part_of_the_way(dense: int, limit: int, share: float) -> int:
     """Return the amount that lies between two, by factors."""
-    return math.floor(
-        math.exp(math.log(dense) * (1 - share) + math.log(min(limit, dense)) * share) + 1e-6
-    )
+    if limit >= dense:
+        return dense
+    return math.floor(math.exp(math.log(dense) * (1 - share) + math.log(limit) * share) + 1e-6)
 
 
 def _over(left: Cost, limits: Cost) -> tuple[Resource, ...]:

@@ -61,6 +61,7 @@ def _plan(program: Program, options: str) -> Plan:
         ('target="macs=0.6"', ("layers.1", "layers.3")),
         ('target="params=0.3"', ("layers.1", "layers.2", "layers.3")),
         ('target="macs=0.3" share=0.5', ("layers.1", "layers.3")),  # half of the way is 0.55
+        ('target="macs=0.001" share=0.9', ("layers.0", "layers.1", "layers.2", "layers.3")),
         ('target="macs=9000"', ("layers.1", "layers.3")),
         ('target="macs=0.9,params=0.6"', ("layers.1", "layers.3")),
     ],

@@ -49,6 +49,9 @@ def test_targets_stay_fractions_of_the_program_that_had_all_blocks(
     assert result.removed.blocks == ("left",)
     assert result.removed.channels > 0
     assert result.passed
+    if method == "trainable-gates":
+        share = analyze(result.program).cost.macs / dense
+        assert result.measurements["trainable-gates.chosen_macs"] == pytest.approx(share)
 
 
 def test_blocks_that_go_one_after_the_other_are_all_known(program: Program) -> None:
