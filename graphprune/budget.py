@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graphprune.cost import RESOURCES, Cost, Keep, Resource
+from graphprune.cost import RESOURCES, Cost, Keep, Resource, before_blocks
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
@@ -72,6 +72,8 @@ class Target:
     """Fraction of each group's channels to remove."""
     is_amount: frozenset[Resource] = frozenset()
     """Limits of at most 1 that are amounts all the same: ``latency=0.8ms``."""
+    base: Cost | None = None
+    """What fractions of MACs and parameters are of, where that is not the program itself; see `of`."""
 
     @property
     def resources(self) -> tuple[Resource, ...]:
@@ -84,16 +86,18 @@ class Target:
         return self.size is not None or self.latency is not None
 
     def of(self, program: Program) -> Target:
-        """Return the target for a program that may have lost residual blocks.
-
-        Fractions of its MACs and parameters become amounts: they are meant of the program that had them all.
-        """
+        """Return the target for a program that may have lost residual blocks: fractions are of what had them all."""
         if program.origin is None:
             return self
-        named: tuple[Resource, ...] = ("macs", "params")
-        dense = {name: getattr(program.origin, name) for name in named}
-        amounts = {n: self._amount(n, dense[n]) for n in named if getattr(self, n) is not None}
-        return replace(self, **amounts, is_amount=self.is_amount | set(amounts))
+        return replace(self, base=before_blocks(Cost(params=0, macs=0), program))
+
+    def whole(self, dense: Cost) -> Cost:
+        """Return what fractions are of; `dense` is what the program has that is to be cut."""
+        return (
+            dense
+            if self.base is None
+            else replace(dense, params=self.base.params, macs=self.base.macs)
+        )
 
     def limits(self, dense: Cost) -> Cost:
         """Return the limits as amounts.
@@ -106,15 +110,16 @@ class Target:
                 raise TargetError(
                     f"target {name}= needs measured costs; put the pass measure-costs after dependency-groups"
                 )
-        amounts = {name: self._amount(name, getattr(dense, name)) for name in RESOURCES}
+        amounts = {name: self._amount(name, dense) for name in RESOURCES}
         whole = {name: math.floor(amounts[name]) for name in RESOURCES if name != "latency"}
         return Cost(**whole, latency=amounts["latency"])
 
-    def _amount(self, name: Resource, dense: float) -> float:
+    def _amount(self, name: Resource, dense: Cost) -> float:
         limit: float | None = getattr(self, name)
         if limit is None:
-            return dense
-        return limit * dense if limit <= 1 and name not in self.is_amount else limit
+            return float(getattr(dense, name))
+        is_amount = limit > 1 or name in self.is_amount
+        return limit if is_amount else limit * float(getattr(self.whole(dense), name))
 
 
 def parse_target(text: str) -> Target:
@@ -123,7 +128,7 @@ def parse_target(text: str) -> Target:
     Raises:
         TargetError: The text is not of this form, or a number is out of range.
     """
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     amounts: set[Resource] = set()
     for part in text.split(","):
         key, equals, raw = (p.strip() for p in part.partition("="))
@@ -536,7 +541,7 @@ def unreachable(groups: DependencyGroups, target: Target, dense: Cost, least: Co
     """Return the message for a target below the least cost that can be reached."""
     reached = []
     for name in target.resources:
-        total, low = getattr(dense, name), getattr(least, name)
+        total, low = getattr(target.whole(dense), name), getattr(least, name)
         reached.append(f"{name}={low / max(1e-12, total):.4f} ({low:,} of {total:,})")
     pinned = sum(len(g) for g in groups if g.pinned)
     asked = ", ".join(_asked(target, name) for name in target.resources)

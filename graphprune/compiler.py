@@ -26,6 +26,7 @@ from graphprune.defaults import (
 from graphprune.devices import pick_device, take_own_gpu
 from graphprune.environment import environment
 from graphprune.errors import CaptureError, PlanError, UsageError
+from graphprune.outcome import Kept
 from graphprune.pipeline import Callback, Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -362,6 +363,10 @@ class _Job:
         accuracy_after = self.accuracy(result.program)
         found = result.facts.get(Plan)
         plan = found if isinstance(found, Plan) else None
+        kept = result.kept
+        if plan is not None and (lost := _blocks_besides(plan, result.program)):
+            kept += (Kept("plan.json", f"{lost} went after channels were chosen: no plan says so"),)
+            plan = None
         report = Report(
             model=dense.source,
             method=plan.method or None if plan else None,
@@ -372,7 +377,7 @@ class _Job:
             after=_figures(result.program, result.measurements.get("after", {}), accuracy_after),
             checks={**captured, "surgery": None, "onnx": None, **imported, **result.checks},
             removed=result.removed,
-            kept=result.kept,
+            kept=kept,
             passes=result.records,
             whole=_whole(dense, result.measurements),
             parameters=parameter_changes(dense, result.program),
@@ -478,6 +483,12 @@ def _whole(dense: Program, measurements: Mapping[str, Any]) -> dict[str, Any] | 
         "exported": dict(measurements.get("exported_parts", {})),
         "not_written": dict(measurements.get("not_written", {})),
     }
+
+
+def _blocks_besides(plan: Plan, program: Program) -> str:
+    """Return the residual blocks that a program has lost and the plan does not name."""
+    gone = program.origin.blocks if program.origin is not None else ()
+    return ", ".join(name for name in gone if name not in plan.blocks)
 
 
 def _figures(program: Program, measured: Any, accuracy: float | None) -> Figures:

@@ -34,8 +34,8 @@ __all__ = [
     "NodeCost",
     "Products",
     "Resource",
+    "before_blocks",
     "element_term",
-    "with_blocks",
 ]
 
 Keep = NDArray[np.bool_]
@@ -57,7 +57,7 @@ class Cost:
     """Milliseconds of one sample in ONNX Runtime, as a model of measurements has it; 0 where none were taken."""
 
 
-def with_blocks(cost: Cost, program: Program) -> Cost:
+def before_blocks(cost: Cost, program: Program) -> Cost:
     """Return what a program of this cost had before residual blocks of it went, as far as graphs say it."""
     origin = program.origin
     return cost if origin is None else replace(cost, params=origin.params, macs=origin.macs)

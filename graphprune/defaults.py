@@ -116,10 +116,12 @@ def replay_pipeline(
     export: bool = True,
 ) -> str:
     """Return the pipeline of `apply` as text, for a plan that removes these residual blocks among others."""
-    names = ",".join(blocks)
-    remove = ["dependency-groups", textform.format_pass("remove-blocks", {"names": names})]
+    remove = [
+        "dependency-groups",  # what the residual blocks are
+        textform.format_pass("remove-blocks", {"names": tuple(blocks)}),
+    ]
     steps = [
-        *(remove if names else []),  # first: the rest of the plan is about what they leave
+        *(remove if blocks else []),  # first: the rest of the plan is about what they leave
         "dependency-groups",  # the plan is checked against the coupling of this model
         textform.format_pass("load-plan", {"path": str(plan)}),
         *_after_the_choice(["remove-channels"], reestimate=has_data, training=[], export=export),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from graphprune.errors import DataError
 from graphprune.exported import flat_outputs
 
 __all__ = ["OutputError"]
@@ -16,19 +17,43 @@ class OutputError:
     """Outputs of a module on some samples, to compare others with."""
 
     def __init__(self, module: nn.Module, samples: Sequence[Tensor], device: str) -> None:
-        """Run `module` on batches of its one input, on `device`."""
+        """Run `module` on batches of its one input, on `device`.
+
+        Raises:
+            DataError: It returns no floating-point tensor.
+        """
         self.device = device
         self.before = [(x, self._outputs(module, x)) for x in samples]
-        dense = torch.cat([y for _, y in self.before])
-        self.variance = max(float((dense - dense.mean(0)).square().sum()), 1e-30)
+        count = sum(len(y) for _, y in self.before)
+        mean = sum(_finite(y).sum(0) for _, y in self.before) / count
+        spread = sum(float((_finite(y) - mean).square().sum()) for _, y in self.before)
+        self.variance = max(spread, 1e-30)
 
     def of(self, module: nn.Module) -> float:
-        """Return the squared error of a module's outputs, relative to the variance over samples of what they were."""
-        errors = (self._outputs(module, x) - y for x, y in self.before)
-        return sum(float(error.square().sum()) for error in errors) / self.variance
+        """Return the squared error of a module's outputs, relative to the variance over samples of what they were.
+
+        What is infinite or no number on both sides is no error.
+        """
+        error = 0.0
+        for x, before in self.before:
+            after = self._outputs(module, x)
+            is_same = (after == before) | (after.isnan() & before.isnan())
+            error += float(torch.where(is_same, 0.0, after - before).square().sum())
+        return error / self.variance
 
     def _outputs(self, module: nn.Module, inputs: Tensor) -> Tensor:
         with torch.inference_mode():
-            leaves = flat_outputs(module.to(self.device)(inputs.to(self.device)))
-        parts = [t.flatten(1) for t in leaves if t.is_floating_point()]
+            # A copy: some models write into what they are given.
+            leaves = flat_outputs(module.to(self.device)(inputs.to(self.device, copy=True)))
+        floating = [t for t in leaves if t.is_floating_point() and t.shape[:1] == (len(inputs),)]
+        parts = [t.flatten(1) if t.dim() > 1 else t[:, None] for t in floating]
+        if not parts:
+            raise DataError(
+                "expected outputs with a floating-point value for each sample, found "
+                f"{[(str(t.dtype), tuple(t.shape)) for t in leaves]}"
+            )
         return torch.cat(parts, 1).cpu().double()
+
+
+def _finite(values: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, 0.0)

@@ -328,7 +328,10 @@ class Pipeline:
         for step in self.passes:
             with _named(step):
                 step.check(context)
-        driver = _Driver(program=program.clone(), context=context)
+        start = program.clone()
+        if start.origin is not None:  # targets and plans are about the program that comes in
+            start = dataclasses.replace(start, origin=None)
+        driver = _Driver(program=start, context=context)
         previous: Pass | None = None
         for number, step in enumerate(self.passes, 1):
             for callback in callbacks:

@@ -58,7 +58,7 @@ class WholeModel(fx.GraphModule):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a program was before residual blocks of it went: what a target is a fraction of."""
+    """What a program was before residual blocks of it went: what targets on MACs and parameters are fractions of."""
 
     params: int
     """Parameters that it had."""

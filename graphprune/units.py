@@ -152,8 +152,8 @@ def parse_granularity(text: str) -> tuple[Granularity, ...]:
     names = [part.strip() for part in text.split(",")]
     if unknown := [n for n in names if n not in GRANULARITIES]:
         raise UsageError(
-            f"granularity {unknown[0]!r} is not known; known: {', '.join(GRANULARITIES)}, "
-            "and blocks, which passes of their own choose and remove (choose-blocks, remove-blocks)"
+            f"granularity {unknown[0]!r} is not known; known: {', '.join(GRANULARITIES)}, and for a whole compilation "
+            "blocks"
         )
     return tuple(g for g in GRANULARITIES if g in names)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -271,10 +270,16 @@ def test_fractions_are_of_the_program_that_had_its_blocks() -> None:
     target = parse_target("macs=0.25,params=400,latency=0.5")
     assert target.of(program) == target
     lost = program.evolve(program.module, origin=Origin(params=2000, macs=10000))
-    amounts = target.of(lost)
-    assert (amounts.macs, amounts.params, amounts.latency) == (2500.0, 400.0, 0.5)
     left = Cost(params=1000, macs=5000, latency=4.0)
-    assert amounts.limits(left) == Cost(params=400, macs=2500, latency=2.0)
-    tiny = program.evolve(program.module, origin=Origin(params=1, macs=1))
-    below_one = dataclasses.replace(target, macs=0.5).of(tiny)
-    assert below_one.limits(left).macs == 0  # an amount, and no fraction of what is left
+    assert target.of(lost).limits(left) == Cost(params=400, macs=2500, latency=2.0)
+    assert parse_target("params=0.3").of(lost).limits(left) == Cost(
+        params=600, macs=5000, latency=4
+    )
+    groups = analyze(program)
+    too_little = parse_target("macs=0.00001").of(
+        program.evolve(program.module, origin=Origin(params=10**6, macs=10**8))
+    )
+    with pytest.raises(
+        TargetError, match=r"target macs=1e-05 cannot be .* at macs=0.00\d+ \(.* of 100,000,000\)"
+    ):
+        choose(groups, random_scores(groups, 0), too_little)

@@ -213,7 +213,9 @@ def test_a_class_that_cannot_do_without_a_block_is_refused() -> None:
         passes='dependency-groups,choose-blocks{target="macs=0.8"},remove-blocks',
         data=_noise(1, 8, 8),
     )
-    with pytest.raises(ApplyError, match="does more with (left|right) than to hand a tensor thro"):
+    with pytest.raises(
+        ApplyError, match="no module that is the residual block (left|right), shortcut and"
+    ):
         result.apply_to(model)
 
 
@@ -224,5 +226,48 @@ def test_granularity_blocks_says_what_does_not_go_with_it(model: nn.Module) -> N
         gp.compile(model, X, granularity="channels,blocks")
     with pytest.raises(TargetError, match="expected a target of macs= or params=, found 'ratio"):
         gp.compile(model, X, granularity="channels,blocks", target="ratio=0.5")
-    with pytest.raises(UsageError, match="known: channels, widths, .*and blocks, which passes of"):
+    with pytest.raises(
+        UsageError, match="known: channels, widths, .* for a whole compilation blocks"
+    ):
         gp.compile(model, X, granularity="atoms")
+
+
+def test_each_compilation_is_about_the_model_that_it_is_given() -> None:
+    data, image = _noise(1, 8, 8), torch.zeros(2, 1, 8, 8)
+    first = gp.compile(
+        gate_networks.residual(), image, target="macs=0.6", granularity="blocks", data=data
+    )
+    second = gp.compile(first.program, target="macs=0.7", export=False)
+    assert first.plan is not None
+    assert second.plan is not None
+    assert (len(first.plan.blocks), second.plan.blocks) == (1, ())
+    assert second.report.before.macs == first.report.after.macs
+    assert second.report.after.macs is not None
+    assert second.report.before.macs is not None
+    assert second.report.after.macs <= 0.7 * second.report.before.macs
+    assert gp.apply(second.plan, first.program, export=False).passed
+
+
+def test_no_plan_says_that_blocks_went_after_channels() -> None:
+    text = 'dependency-groups,magnitude,choose-channels{target="macs=0.8"},remove-channels'
+    text += ",dependency-groups,remove-blocks{names=left}"
+    result = gp.compile(gate_networks.residual(), torch.zeros(2, 1, 8, 8), passes=text)
+    assert result.passed
+    assert result.plan is None
+    assert ("plan.json", "left went after channels were chosen: no plan says so") in [
+        (kept.what, kept.why) for kept in result.report.kept
+    ]
+
+
+def test_a_model_without_residual_blocks_says_so() -> None:
+    result = gp.compile(
+        gate_networks.branches(),
+        torch.zeros(2, 1, 8, 8),
+        target="macs=0.8",
+        granularity="channels,blocks",
+        data=_noise(1, 8, 8),
+        export=False,
+    )
+    assert result.report.after.macs is not None
+    reasons = {kept.what: kept.why for kept in result.report.kept}
+    assert reasons["residual blocks"].startswith("no residual block: no sum of a tensor and")

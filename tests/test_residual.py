@@ -12,6 +12,7 @@ from graphprune.capture import capture
 from graphprune.errors import PlanError
 from graphprune.groups import analyze
 from graphprune.residual import (
+    cost_of,
     find_residual_blocks,
     named_blocks,
     with_silent_blocks,
@@ -158,7 +159,7 @@ def test_a_module_stands_for_all_blocks_that_it_holds(dialect: str) -> None:
     ]
     # The norm goes with the branch that it is in; it is in no module of that branch.
     assert blocks[1].params == (8 + 1) * 12 + (12 + 1) * 8 + 2 * 8
-    assert named_blocks(program, groups, [" layers.1.first", blocks[0].sum]) == (
+    assert named_blocks(program, groups, ["layers.1.first", blocks[0].sum]) == (
         blocks[0],
         blocks[2],
     )
@@ -198,13 +199,13 @@ class _Sums(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
         self.offset = nn.Parameter(torch.randn(8))
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.a(x) + self.b(x)  # neither comes from the other
-        both = both + self.offset  # broadcast
-        both = both + self.c(both)  # broadcast
+        both = both + self.offset  # a parameter comes from nothing
+        both = both.mean(1, keepdim=True) + self.a(both)  # not the shape of the sum
         both = both + both  # with itself
         both = both + torch.tanh(both)  # costs nothing
         more = self.b(both)
@@ -252,3 +253,140 @@ def test_an_identity_is_a_shortcut() -> None:
     (block,) = find_residual_blocks(program, groups)
     x = torch.randn(3, 8)
     assert torch.equal(without_blocks(program, groups, [block]).module(x), x)
+
+
+class _Written(nn.Module):
+    """What a removed sum was written into later, or its shortcut, must still be a tensor of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stem, self.f, self.g = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.kind == "the caller's":
+            return (self.g(torch.relu_(x + self.f(x))),)
+        a = self.stem(x)
+        b = a + self.f(a)
+        if self.kind == "a sum after it":
+            b += self.g(b)
+            return (self.stem(a + torch.tanh(b)),)
+        if self.kind == "returned beside it":
+            return a, torch.relu_(b)
+        if self.kind == "a part of it":
+            b[:, :2] = 0.5
+            return (self.stem(a + b),)
+        if self.kind == "the shortcut":
+            a.mul_(2)
+            return (self.stem(b - a),)
+        assert self.kind == "nobody's"
+        return (self.g(torch.relu_(b)),)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "the caller's",
+        "a sum after it",
+        "returned beside it",
+        "a part of it",
+        "the shortcut",
+        "nobody's",
+    ],
+)
+def test_writes_into_a_sum_do_not_reach_its_shortcut(kind: str, dialect: str) -> None:
+    program = capture_as(_Written(kind).eval(), torch.randn(2, 8), dialect)
+    groups = analyze(program)
+    block = find_residual_blocks(program, groups)[0]
+    assert block.name == "f"
+    left = without_blocks(program, groups, [block])
+    assert_exact(program, left, with_silent_blocks(program, [block]))
+    x = torch.randn(2, 8)
+    before = x.clone()
+    left.module(x)
+    assert torch.equal(x, before)
+    copies = [node for node in left.module.graph.nodes if node.target is torch.clone]
+    assert len(copies) == (kind != "nobody's")
+
+
+class _Types(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.f, self.leave = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).bfloat16()
+        result: Tensor = self.leave(x + self.f(x.float()))
+        return result
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_shortcut_of_another_type_cannot_stand_for_its_sum(dialect: str) -> None:
+    program = capture_as(_Types().eval(), torch.randn(2, 8), dialect)
+    assert find_residual_blocks(program, analyze(program)) == ()
+
+
+class _Shared(nn.Module):
+    """Two blocks that share a layer, a third that is the first again, and a weight that an embedding has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 8)
+        self.f, self.g, self.h = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x)
+        both = torch.relu(self.f(x))
+        x = x + torch.tanh(self.g(x)) * both
+        x = x + torch.sigmoid(self.h(x)) @ self.words.weight * both
+        result: Tensor = x + self.g(x)
+        return result
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_blocks_share_goes_with_the_last_of_them(dialect: str) -> None:
+    program = capture_as(_Shared().eval(), torch.tensor([[1, 2], [3, 4]]), dialect)
+    groups = analyze(program)
+    first, second, third = find_residual_blocks(program, groups)
+    assert (first.params, second.params, third.params) == (0, 8 * 5 + 5, 0)
+    for chosen in ([first], [second], [first, third], [first, second], [first, second, third]):
+        left = without_blocks(program, groups, chosen)
+        assert_exact(program, left, with_silent_blocks(program, chosen))
+        assert cost_of(left.module, groups) == analyze(left).cost.total()
+    assert [name for name, _ in left.named_tensors()] == ["words.weight"]
+
+
+def test_a_branch_that_knows_the_size_alone_is_none() -> None:
+    class Position(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.head = nn.Embedding(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.places(torch.arange(x.size(1))).expand(x.size(0), -1, -1)
+            result: Tensor = self.head(x + places)
+            return result
+
+    program = capture(Position().eval(), torch.randn(2, 6, 8))
+    assert find_residual_blocks(program, analyze(program)) == ()
+
+
+def test_names_are_those_of_blocks_before_those_of_sums() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.add = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(x)
+            result: Tensor = x + self.add(x)
+            return result
+
+    program = capture(Named().eval(), torch.randn(2, 8))
+    groups = analyze(program)
+    first, second = find_residual_blocks(program, groups)
+    assert (first.name, first.sum, second.name) == ("first", "add", "add")
+    assert named_blocks(program, groups, ["add"]) == (second,)
+    with pytest.raises(PlanError, match="has no residual block ''; known: first, add"):
+        named_blocks(program, groups, ["first", ""])

@@ -100,7 +100,9 @@ def _without_rule(trace: Trace, call: Call) -> Any:
 def info_of(trace: Trace, value: Any) -> Any:
     """Describe a node's output; a source is described when the run is over, so that asking labels nothing."""
     if isinstance(value, Tensor):
-        return trace.source(value) or TensorInfo(tuple(value.shape), trace.fields(value))
+        return trace.source(value) or TensorInfo(
+            tuple(value.shape), trace.fields(value), value.dtype
+        )
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
         return tuple(info_of(trace, v) for v in value)
     if isinstance(value, dict):

@@ -38,6 +38,8 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     fields: Fields
+    dtype: torch.dtype | None = None
+    """None for a parameter or buffer."""
 
     def field_of(self, dim: int) -> Field | None:
         """Return the field that labels `dim`, if any."""

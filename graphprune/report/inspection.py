@@ -15,7 +15,7 @@ from graphprune.groups import DependencyGroup, analyze
 from graphprune.outcome import Kept
 from graphprune.program import Program
 from graphprune.report.text import TABLE_BOX
-from graphprune.residual import ResidualBlock, find_residual_blocks
+from graphprune.residual import ResidualBlock, find_residual_blocks, outermost
 
 __all__ = ["Inspection"]
 
@@ -100,7 +100,7 @@ class Inspection:
             f"{len(self.groups)} dependency groups; {len(free)} of them with {channels:,} channels can be cut"
         )
         if self.blocks:
-            macs = sum(block.macs for block in self.blocks)
+            macs = sum(block.macs for block in outermost(self.blocks))
             share = f" with {100 * macs / self.macs:.0f} % of the MACs" if self.macs else ""
             first, last = self.blocks[0].name, self.blocks[-1].name
             console.print(

@@ -15,13 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from graphprune.budget import Target, parse_target
-from graphprune.cost import Cost, Resource, with_blocks
+from graphprune.cost import Cost, Resource, before_blocks
 from graphprune.errors import DataError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.output_error import OutputError
@@ -30,9 +29,11 @@ from graphprune.plan import Plan, fingerprint
 from graphprune.program import Program
 from graphprune.residual import (
     ResidualBlock,
-    bypass,
+    cost_of,
     find_residual_blocks,
-    sharing,
+    no_blocks,
+    outermost,
+    sharing_without,
     without_blocks,
 )
 
@@ -59,9 +60,7 @@ class ChooseBlocks(Pass):
     def run(self, program: Program, context: Context) -> Plan:
         """Return the plan that removes them."""
         groups = context.need(DependencyGroups)
-        blocks = find_residual_blocks(program, groups)
-        limits = self._limits(program, groups)
-        chosen = self._chosen(program, groups, blocks, limits, context)
+        chosen = self._chosen(program, groups, context)
         after = without_blocks(program, groups, chosen) if chosen else program
         return Plan(
             slices={},
@@ -97,83 +96,100 @@ class ChooseBlocks(Pass):
 
     def _limits(self, program: Program, groups: DependencyGroups) -> Cost:
         """Return the amounts that may be left."""
-        whole = with_blocks(groups.cost.total(), program)
-        limits = self._target().limits(whole)
+        dense = before_blocks(groups.cost.total(), program)
+        limits = self._target().limits(dense)
         return Cost(
-            params=_part_of_the_way(whole.params, limits.params, self.share),
-            macs=_part_of_the_way(whole.macs, limits.macs, self.share),
+            params=_part_of_the_way(dense.params, limits.params, self.share),
+            macs=_part_of_the_way(dense.macs, limits.macs, self.share),
         )
 
     def _chosen(
-        self,
-        program: Program,
-        groups: DependencyGroups,
-        blocks: Sequence[ResidualBlock],
-        limits: Cost,
-        context: Context,
-    ) -> list[ResidualBlock]:
+        self, program: Program, groups: DependencyGroups, context: Context
+    ) -> Sequence[ResidualBlock]:
+        blocks, limits = find_residual_blocks(program, groups), self._limits(program, groups)
+        if not _over(groups.cost.total(), limits):
+            return ()
         module = program.clone().module  # it goes to the device
-        judge = OutputError(module, self._samples(context), context.device)
-        left, error, chosen = groups.cost.total(), 0.0, list[ResidualBlock]()
+        judge = OutputError(module, self._samples(program, context), context.device)
+        now = _Trial(blocks=(), error=0.0, cost=groups.cost.total())
         with context.progress.task("choose-blocks: what the outputs miss least") as task:
-            while over := _over(left, limits):
-                saved = {b: _saved(b, left, over) for b in blocks if _is_open(b, chosen)}
-                errors = dict[ResidualBlock, float]()
-                for block in [block for block, share in saved.items() if share]:
-                    without = partial(bypass, blocks=[*chosen, block])
-                    errors[block] = judge.of(sharing(module, without))
+            while over := _over(now.cost, limits):
+                trials = []
+                for block in _left(blocks, now.blocks):
+                    going = outermost([*now.blocks, block])
+                    smaller = sharing_without(module, going)
+                    trial = _Trial(
+                        blocks=tuple(going), error=judge.of(smaller), cost=cost_of(smaller, groups)
+                    )
+                    trials.append(trial)
                     task.advance()
-                if not errors and self.share < 1:
+                useful = [trial for trial in trials if trial.saves(now, over)]
+                # What two blocks share goes with the second of them.
+                if trials := useful or (trials if self.share == 1 else []):
+                    now = min(trials, key=lambda trial: trial.price(now, over))
+                elif self.share == 1:
+                    raise TargetError(self._out_of_reach(program, blocks, now.cost, limits))
+                else:
                     break  # channels go the rest of the way
-                if not errors:
-                    raise TargetError(self._out_of_reach(program, blocks, left, limits))
-                best = min(errors, key=lambda b: (errors[b] - error) / saved[b])
-                error = errors[best]
-                chosen = [block for block in chosen if block.sum not in best.nodes] + [best]
-                left = Cost(
-                    params=groups.cost.params - sum(block.params for block in chosen),
-                    macs=groups.cost.macs - sum(block.macs for block in chosen),
-                )
-        return [block for block in blocks if block in chosen]
+        return [block for block in blocks if block in now.blocks]
 
     def _out_of_reach(
         self, program: Program, blocks: Sequence[ResidualBlock], left: Cost, limits: Cost
     ) -> str:
         if not blocks:
-            return (
-                f"{program.source} has no residual block that could go: no sum of a tensor and something computed from "
-                "it; leave blocks out of the granularity"
-            )
+            return f"{program.source} has {no_blocks(program)}; leave blocks out of the granularity"
         return (
             f"target {self.target!r}: without any of its {len(blocks)} residual blocks {program.source} has "
             f"{left.macs:,} MACs and {left.params:,} parameters; {limits.macs:,} and {limits.params:,} were asked for. "
             "Give a larger target, or let channels go as well: granularity channels,blocks"
         )
 
-    def _samples(self, context: Context) -> list[Tensor]:
+    def _samples(self, program: Program, context: Context) -> list[Tensor]:
         assert context.data is not None
+        if len(program.example_inputs) != 1:
+            raise DataError(
+                f"{self.name} runs the model on samples of the data, which hold one input, and {program.source} takes "
+                f"{len(program.example_inputs)}; name the blocks yourself: remove-blocks{{names=(...)}}"
+            )
         loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
         return [batch[0] for batch in loader]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A program without some blocks."""
+
+    blocks: tuple[ResidualBlock, ...]
+    error: float
+    """Of its outputs."""
+    cost: Cost
+
+    def saves(self, now: _Trial, resources: Sequence[Resource]) -> float:
+        """Return how much less it costs than what there is now, as fractions of that, added up over resources."""
+        pairs = [(getattr(now.cost, name), getattr(self.cost, name)) for name in resources]
+        return sum(float((before - after) / before) for before, after in pairs)
+
+    def price(self, now: _Trial, resources: Sequence[Resource]) -> float:
+        """Return the error that it adds for what it saves; infinite where the error is no number."""
+        price = (self.error - now.error) / (self.saves(now, resources) or 1.0)
+        return math.inf if math.isnan(price) else price
+
+
+def _left(blocks: Sequence[ResidualBlock], gone: Sequence[ResidualBlock]) -> list[ResidualBlock]:
+    """Return the blocks that are neither gone nor inside one that is."""
+    inside = {name for block in gone for name in (block.sum, *block.nodes)}
+    return [block for block in blocks if block.sum not in inside]
 
 
 def _part_of_the_way(dense: int, limit: int, share: float) -> int:
     """Return the amount that lies between two, by factors."""
     if limit >= dense:
         return dense
-    return math.floor(math.exp(math.log(dense) * (1 - share) + math.log(limit) * share) + 1e-6)
+    logarithm = (1 - share) * math.log(dense) + share * math.log(max(1, limit))
+    return math.floor(math.exp(logarithm) + 1e-6)
 
 
 def _over(left: Cost, limits: Cost) -> tuple[Resource, ...]:
     """Return the resources of which too much is left."""
     named: tuple[Resource, ...] = ("params", "macs")
     return tuple(name for name in named if getattr(left, name) > getattr(limits, name))
-
-
-def _saved(block: ResidualBlock, left: Cost, resources: Sequence[Resource]) -> float:
-    """Return how much of what is left goes with a block, added up over resources."""
-    return sum(float(getattr(block, name) / getattr(left, name)) for name in resources)
-
-
-def _is_open(block: ResidualBlock, chosen: Sequence[ResidualBlock]) -> bool:
-    """Tell whether a block is neither gone nor inside one that is."""
-    return not any(block.sum == gone.sum or block.sum in gone.nodes for gone in chosen)

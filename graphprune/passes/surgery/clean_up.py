@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from graphprune.lowering.memory import Memory
 from graphprune.lowering.symbolic import erase_dead
 from graphprune.pipeline import Context, Pass, SurgeryResult
 from graphprune.program import Program
@@ -64,11 +65,15 @@ class CleanUp(Pass):
 def _bypass_repeated(module: fx.GraphModule) -> int:
     """Take out every ReLU of a ReLU; where a block between two has gone, they stand side by side."""
     modules = dict(module.named_modules())
-    relus = [node for node in module.graph.nodes if _is_relu(node, modules)]
+    memory = Memory(module.graph, module)
     count = 0
-    for node in relus:
+    for node in [node for node in module.graph.nodes if _is_relu(node, modules)]:
         source = node.all_input_nodes[0]
-        if _is_relu(source, modules):
+        if not _is_relu(source, modules):
+            continue
+        others = {*memory.writers(source), *memory.writers(node)} - {node, source}
+        if not others & memory.after(source):  # else the two are not the same tensor later on
+            memory.join(node, source)
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
             count += 1

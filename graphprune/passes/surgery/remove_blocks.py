@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphprune.groups import DependencyGroups
-from graphprune.outcome import Removed
+from graphprune.outcome import Kept, Removed
 from graphprune.pipeline import Context, Facts, Pass, SurgeryResult
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.residual import named_blocks, with_silent_blocks, without_blocks
+from graphprune.residual import (
+    find_residual_blocks,
+    named_blocks,
+    no_blocks,
+    with_silent_blocks,
+    without_blocks,
+)
 
 __all__ = ["RemoveBlocks"]
 
@@ -25,16 +31,18 @@ class RemoveBlocks(Pass):
     name: ClassVar[str] = "remove-blocks"
     requires: ClassVar[tuple[type[Facts], ...]] = (DependencyGroups,)
 
-    names: str = ""
-    """Residual blocks, several with commas: "layer1.3,layer2.5"; empty: those of the plan."""
+    names: tuple[str, ...] = ()
+    """Residual blocks, or modules that hold some: (layer1.3,layer2); none: those of the plan."""
 
     def run(self, program: Program, context: Context) -> SurgeryResult:
         """Return the program without them."""
         groups = context.need(DependencyGroups)
-        names = self.names.split(",") if self.names else context.need(Plan).blocks
+        names = self.names or context.need(Plan).blocks
         blocks = named_blocks(program, groups, names)
         if not blocks:
-            return SurgeryResult(program=program, modified=False)
+            known = find_residual_blocks(program, groups)
+            kept = () if known else (Kept("residual blocks", no_blocks(program)),)
+            return SurgeryResult(program=program, modified=False, kept=kept)
         step = f"{self.name}: {', '.join(block.name for block in blocks)}"
         return SurgeryResult(
             program=without_blocks(program, groups, blocks, step=step),

@@ -290,6 +290,8 @@ class _Surgeon:
     ) -> list[int]:
         """Return how many units of each group go to meet a target by a cost model."""
         dense = model.total()
+        if limits_room(dense, target, dense) >= 0:
+            return [0] * len(self.found)
         step = parse_round_to(self.options.round_to)
         least = None
         for limit in AUTO_STEPS if step == "auto" else (step,):

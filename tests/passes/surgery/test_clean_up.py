@@ -163,3 +163,34 @@ def test_a_relu_of_a_relu_goes(dialect: str) -> None:
     assert len(left) == 1
     x = torch.randn(4, 8)
     assert torch.equal(result.program.module(x), program.module(x))
+
+
+def _written_after(x: Tensor) -> Tensor:
+    y = torch.relu(x)
+    z = torch.relu(y)
+    z.sub_(1)
+    return y + z
+
+
+def _written_between(x: Tensor) -> Tensor:
+    y = torch.relu(x)
+    y.sub_(1)
+    return torch.relu(y)
+
+
+def _part_written_between(x: Tensor) -> Tensor:
+    y = torch.relu(x)
+    y[:, 0] = -1.0
+    return torch.relu(y)
+
+
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+@pytest.mark.parametrize("function", [_written_after, _written_between, _part_written_between])
+def test_a_relu_stays_where_something_writes_into_it(
+    function: Callable[[Tensor], Tensor], dialect: str
+) -> None:
+    program = capture_as(_Function(function), torch.randn(2, 8), dialect)
+    result = Pipeline.parse("clean-up").run(program)
+    assert result.passed
+    x = torch.randn(4, 8)
+    assert torch.equal(result.program.module(x.clone()), program.module(x.clone()))

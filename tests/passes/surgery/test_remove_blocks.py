@@ -20,7 +20,7 @@ def program() -> Program:
 
 
 def test_blocks_go_by_name(program: Program) -> None:
-    result = Pipeline.parse('dependency-groups,remove-blocks{names="left"},clean-up').run(program)
+    result = Pipeline.parse("dependency-groups,remove-blocks{names=(left)},clean-up").run(program)
     assert result.removed.blocks == ("left",)
     assert result.checks["surgery"].passed
     assert result.checks["surgery"].max_abs_err == 0.0
@@ -32,7 +32,7 @@ def test_a_plan_is_needed_where_no_names_are_given(program: Program) -> None:
     with pytest.raises(PassError, match="needs Plan"):
         Pipeline.parse("dependency-groups,remove-blocks").run(program)
     with pytest.raises(PlanError, match="has no residual block 'lift'; known: left, right"):
-        Pipeline.parse('dependency-groups,remove-blocks{names="lift"}').run(program)
+        Pipeline.parse("dependency-groups,remove-blocks{names=(lift)}").run(program)
 
 
 @pytest.mark.parametrize("method", ["magnitude,choose-channels", "obs", "trainable-gates"])
@@ -43,7 +43,7 @@ def test_targets_stay_fractions_of_the_program_that_had_all_blocks(
     dense = analyze(program).cost.macs
     options = 'target="macs=0.3" round_to=1'
     options += " epochs=1" if method == "trainable-gates" else ""
-    text = f'dependency-groups,remove-blocks{{names="left"}},dependency-groups,{method}{{{options}}},remove-channels'
+    text = f"dependency-groups,remove-blocks{{names=(left)}},dependency-groups,{method}{{{options}}},remove-channels"
     result = Pipeline.parse(text).run(program, data=load_data("digits"))
     assert 0.27 * dense <= analyze(result.program).cost.macs <= 0.3 * dense
     assert result.removed.blocks == ("left",)
@@ -55,9 +55,7 @@ def test_targets_stay_fractions_of_the_program_that_had_all_blocks(
 
 
 def test_blocks_that_go_one_after_the_other_are_all_known(program: Program) -> None:
-    text = (
-        'dependency-groups,remove-blocks{names="right"},dependency-groups,remove-blocks{names=left}'
-    )
+    text = "dependency-groups,remove-blocks{names=(right)},dependency-groups,remove-blocks{names=(left)}"
     result = Pipeline.parse(text).run(program)
     assert result.program.origin is not None
     assert result.program.origin.blocks == ("right", "left")

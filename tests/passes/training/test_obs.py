@@ -18,6 +18,7 @@ from graphprune.errors import DataError, PassError, TargetError
 from graphprune.pipeline import Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
+from tests import gate_networks
 
 pytest.importorskip("sklearn")
 
@@ -277,3 +278,12 @@ def test_a_network_without_removable_channels_is_refused(digits: DataSource) -> 
     )
     with pytest.raises(PassError, match="found no channel that only linear and convolution layers"):
         _run(program, "obs", digits)
+
+
+def test_a_target_that_is_met_already_removes_nothing() -> None:
+    program = gp.capture(gate_networks.residual(), torch.randn(2, 1, 8, 8))
+    text = 'dependency-groups,obs{target="macs=1.0"},remove-channels'
+    result = Pipeline.parse(text).run(program, data=load_data("digits"))
+    assert result.removed.channels == 0
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(result.program.module(x), program.module(x))
