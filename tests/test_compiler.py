@@ -250,7 +250,7 @@ def test_each_compilation_is_about_the_model_that_it_is_given() -> None:
 
 def test_no_plan_says_that_blocks_went_after_channels() -> None:
     text = 'dependency-groups,magnitude,choose-channels{target="macs=0.8"},remove-channels'
-    text += ",dependency-groups,remove-blocks{names=left}"
+    text += ",dependency-groups,remove-blocks{names=(left)}"
     result = gp.compile(gate_networks.residual(), torch.zeros(2, 1, 8, 8), passes=text)
     assert result.passed
     assert result.plan is None
