@@ -30,7 +30,9 @@ def is_alias(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         return isinstance(root.get_submodule(str(node.target)), _HANDED_ON)
     if isinstance(node.target, torch._ops.OpOverload):
-        return any(value.alias_info is not None for value in node.target._schema.returns)
+        schema = node.target._schema  # one that may return its input as it is says nothing of it
+        is_view = any(value.alias_info is not None for value in schema.returns)
+        return is_view or schema.name.removeprefix("aten::") in _VIEWS
     return getattr(node.target, "__name__", str(node.target)) in _VIEWS
 
 
@@ -58,7 +60,7 @@ class Memory:
             if (written := written_by(node, root)) is not None:
                 self.written[node] = written
                 self.join(node, written)
-            if is_alias(node, root) and node.all_input_nodes:
+            elif is_alias(node, root) and node.all_input_nodes:
                 self.join(node, node.all_input_nodes[0])
 
     def join(self, one: fx.Node, other: fx.Node) -> None:
