@@ -125,7 +125,8 @@ def compile(
         method: How channels are scored; one of `graphprune.registry.methods()`, with options as in
             ``magnitude{norm=1}``.
         data: A data source, or its SPEC such as ``cifar10:DIR``; some methods need it, and accuracy is measured on it.
-        granularity: What may go.
+        granularity: What may go, several with commas: ``channels``, ``widths``, ``heads`` and others as on the command
+            line, and ``blocks``, residual ones, which need `data`.
         verify: Prove every surgery exact.
         export: Export to ONNX and to ``.pt2``, check the ONNX file in ONNX Runtime and measure latency.
             Without `out` the files are checked and measured, then dropped.
