@@ -148,7 +148,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut) -> None:
     advice = "Use result.program.module, which runs without the class"
     tolerance = TOLERANCE
-    if blocks := cut.origin.blocks if cut.origin is not None else ():
+    if blocks := cut.lost_blocks:
         # What a module does besides may change next to nothing on these inputs: a norm of a norm.
         smaller, cut = copy.deepcopy(smaller).double(), cut.map_floating(torch.Tensor.double)
         tolerance = TOLERANCE_WITHOUT_BLOCKS

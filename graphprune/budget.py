@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from graphprune.cost import RESOURCES, Cost, Keep, Resource, before_blocks
+from graphprune.cost import RESOURCES, Cost, Keep, Resource
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
@@ -89,7 +89,7 @@ class Target:
         """Return the target for a program that may have lost residual blocks: fractions are of what had them all."""
         if program.origin is None:
             return self
-        return replace(self, base=before_blocks(Cost(params=0, macs=0), program))
+        return replace(self, base=Cost(params=program.origin.params, macs=program.origin.macs))
 
     def whole(self, dense: Cost) -> Cost:
         """Return what fractions are of; `dense` is what the program has that is to be cut."""

@@ -488,8 +488,7 @@ def _whole(dense: Program, measurements: Mapping[str, Any]) -> dict[str, Any] | 
 
 def _blocks_besides(plan: Plan, program: Program) -> str:
     """Return the residual blocks that a program has lost and the plan does not name."""
-    gone = program.origin.blocks if program.origin is not None else ()
-    return ", ".join(name for name in gone if name not in plan.blocks)
+    return ", ".join(name for name in program.lost_blocks if name not in plan.blocks)
 
 
 def _figures(program: Program, measured: Any, accuracy: float | None) -> Figures:

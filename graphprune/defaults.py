@@ -14,6 +14,7 @@ from graphprune import registry, textform
 from graphprune.budget import Target, parse_round_to, parse_target
 from graphprune.errors import UsageError
 from graphprune.options import convert_options, option_types
+from graphprune.units import parse_granularity
 
 __all__ = [
     "DEFAULT_GRANULARITY",
@@ -55,7 +56,9 @@ def default_pipeline(
     parse_round_to(str(round_to))
     words = [word.strip() for word in granularity.split(",")]
     has_blocks, others = BLOCKS in words, [word for word in words if word != BLOCKS]
-    if not others:
+    if others:
+        parse_granularity(",".join(others))
+    else:
         if (method, round_to) != (DEFAULT_METHOD, DEFAULT_ROUND_TO):
             raise UsageError(
                 f"granularity={BLOCKS} chooses no channels, which the method and round_to are about, found "

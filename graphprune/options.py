@@ -59,8 +59,10 @@ def convert_options(cls: type[Pass], raw: Mapping[str, Raw]) -> dict[str, Value]
     for name, written in raw.items():
         candidates = _readings(written, hints[name])
         if not candidates:
+            is_one = typing.get_origin(hints[name]) is tuple and not isinstance(written, tuple)
+            hint = f"; one alone stands in brackets too: ({_raw_text(written)})" if is_one else ""
             raise UsageError(
-                f"pass {cls.name!r}: option {name} expects {_type_text(hints[name])}, found {_raw_text(written)}"
+                f"pass {cls.name!r}: option {name} expects {_type_text(hints[name])}, found {_raw_text(written)}{hint}"
             )
         values[name] = candidates[0]
     return values

@@ -86,7 +86,7 @@ class Plan(Facts):
         removed = sum(int((~keep[g.channels]).sum()) for g in groups)
         return cls(
             slices=slices,
-            blocks=_gone(program),
+            blocks=program.lost_blocks,
             model=program.source,
             fingerprint=fingerprint(program),
             method=method,
@@ -101,7 +101,7 @@ class Plan(Facts):
         Raises:
             PlanError: The plan was made for another model, or contradicts itself.
         """
-        if self.blocks and not _gone(program):
+        if self.blocks and not program.lost_blocks:
             raise PlanError(
                 f"the plan is for {self.model!r} without residual blocks {_shorten(', '.join(self.blocks))}, and "
                 f"{program.source!r} has all of its; put remove-blocks and dependency-groups before"
@@ -213,11 +213,6 @@ class Plan(Facts):
 
 def _removed(counts: Mapping[str, Any]) -> Removed:
     return Removed(channels=int(counts.get("channels", 0)), heads=int(counts.get("heads", 0)))
-
-
-def _gone(program: Program) -> tuple[str, ...]:
-    """Return the residual blocks that a program has lost."""
-    return program.origin.blocks if program.origin is not None else ()
 
 
 def _shorten(value: object) -> str:

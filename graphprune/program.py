@@ -104,6 +104,11 @@ class Program:
             self, module=module, history=history, origin=origin or self.origin
         )
 
+    @property
+    def lost_blocks(self) -> tuple[str, ...]:
+        """Residual blocks that have gone, in the order in which they went."""
+        return () if self.origin is None else self.origin.blocks
+
     def clone(self) -> Program:
         """Return a program that shares no parameter, buffer, module or graph node with this one."""
         clone = dataclasses.replace(self, module=copy.deepcopy(self.module))

@@ -187,7 +187,7 @@ def without_blocks(
     module.delete_all_unused_submodules()
     module.recompile()
     origin = program.origin or Origin(params=groups.cost.params, macs=groups.cost.macs)
-    names = (*origin.blocks, *(block.name for block in blocks))
+    names = (*program.lost_blocks, *(block.name for block in blocks))
     return program.evolve(module, step=step, origin=replace(origin, blocks=names))
 
 

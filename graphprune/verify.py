@@ -172,9 +172,8 @@ def _compare(
                 new = after.module(*given[1])
             except RuntimeError as error:
                 raise Differs(f"the program does not run any more: {error}") from error
-        return max(
-            _outputs(old, new), _outputs(*given)
-        )  # inputs too: a program may write into them
+        # The inputs as well: a program may write into what it is given.
+        return max(_outputs(old, new), _outputs(*given))
     if before.dialect == "module":
         from graphprune.verify_whole import compare_whole
 

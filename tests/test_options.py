@@ -100,7 +100,10 @@ def test_reading_is_lenient_where_the_type_decides() -> None:
         ("many{must=1 choice=l3}", "option choice expects l1|l2, found l3"),
         ("many{must=1 level=true}", "option level expects 1|2, found true"),
         ("many{must=1 maybe=x}", "option maybe expects int|none, found x"),
-        ("many{must=1 sizes=3}", "option sizes expects (int, ...), found 3"),
+        (
+            "many{must=1 sizes=3}",
+            "option sizes expects (int, ...), found 3; one alone stands in brackets too: (3)",
+        ),
         ("many{must=1 pair=(1)}", "option pair expects (float, str), found (1)"),
         ("many{must=(1)}", "option must expects int, found (1)"),
         ("", "expected the name of a pass, found the end"),

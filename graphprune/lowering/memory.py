@@ -1,4 +1,8 @@
-"""Shared memory: which nodes of a graph hand on or write into the tensor of another."""
+"""Shared memory: which nodes of a graph hand on or write into the tensor of another.
+
+ATen operators say it in their schemas. Of modules, functions and methods those are known that usually do; any other is
+taken to make a tensor of its own, and the proof of a surgery finds out where that was wrong.
+"""
 
 from __future__ import annotations
 

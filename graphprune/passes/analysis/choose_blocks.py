@@ -64,7 +64,7 @@ class ChooseBlocks(Pass):
         after = without_blocks(program, groups, chosen) if chosen else program
         return Plan(
             slices={},
-            blocks=after.origin.blocks if after.origin is not None else (),
+            blocks=after.lost_blocks,
             model=program.source,
             fingerprint=fingerprint(after),
             method=self.name,
