@@ -73,7 +73,7 @@ class Target:
     is_amount: frozenset[Resource] = frozenset()
     """Limits of at most 1 that are amounts all the same: ``latency=0.8ms``."""
     base: Cost | None = None
-    """What fractions of MACs and parameters are of, where that is not the program itself; see `of`."""
+    """What fractions are of, where that is not the program itself; see `of`."""
 
     @property
     def resources(self) -> tuple[Resource, ...]:
@@ -85,19 +85,13 @@ class Target:
         """Whether a limit is on something that the graph alone does not say."""
         return self.size is not None or self.latency is not None
 
-    def of(self, program: Program) -> Target:
-        """Return the target for a program that may have lost residual blocks: fractions are of what had them all."""
-        if program.origin is None:
-            return self
-        return replace(self, base=Cost(params=program.origin.params, macs=program.origin.macs))
+    def of(self, program: Program, groups: DependencyGroups) -> Target:
+        """Return the target for a program that may have lost something: fractions are of what it was before."""
+        return self if program.origin is None else replace(self, base=groups.cost.before(program))
 
     def whole(self, dense: Cost) -> Cost:
         """Return what fractions are of; `dense` is what the program has that is to be cut."""
-        return (
-            dense
-            if self.base is None
-            else replace(dense, params=self.base.params, macs=self.base.macs)
-        )
+        return dense if self.base is None else self.base
 
     def limits(self, dense: Cost) -> Cost:
         """Return the limits as amounts.

@@ -26,6 +26,7 @@ from graphprune.defaults import (
 from graphprune.devices import pick_device, take_own_gpu
 from graphprune.environment import environment
 from graphprune.errors import CaptureError, PlanError, UsageError
+from graphprune.groups import DependencyGroups, analyze
 from graphprune.outcome import Kept
 from graphprune.pipeline import Callback, Pipeline, PipelineResult
 from graphprune.plan import Plan
@@ -362,20 +363,18 @@ class _Job:
             resume=folder.resume,
         )
         accuracy_after = self.accuracy(result.program)
-        found = result.facts.get(Plan)
-        plan = found if isinstance(found, Plan) else None
-        kept = result.kept
-        if plan is not None and (lost := _blocks_besides(plan, result.program)):
-            kept += (Kept("plan.json", f"{lost} went after channels were chosen: no plan says so"),)
-            plan = None
+        groups = analyze(dense)
+        plan, kept = _plan(dense, groups, result)
         report = Report(
             model=dense.source,
             method=plan.method or None if plan else None,
             target=plan.target or None if plan else None,
             seed=self.seed,
             environment=environment(self.device),
-            before=_figures(dense, result.measurements.get("before", {}), accuracy_before),
-            after=_figures(result.program, result.measurements.get("after", {}), accuracy_after),
+            before=_figures(groups, result.measurements.get("before", {}), accuracy_before),
+            after=_figures(
+                analyze(result.program), result.measurements.get("after", {}), accuracy_after
+            ),
             checks={**captured, "surgery": None, "onnx": None, **imported, **result.checks},
             removed=result.removed,
             kept=kept,
@@ -486,18 +485,25 @@ def _whole(dense: Program, measurements: Mapping[str, Any]) -> dict[str, Any] | 
     }
 
 
-def _blocks_besides(plan: Plan, program: Program) -> str:
-    """Return the residual blocks that a program has lost and the plan does not name."""
-    return ", ".join(name for name in program.lost_blocks if name not in plan.blocks)
+def _plan(
+    dense: Program, groups: DependencyGroups, result: PipelineResult
+) -> tuple[Plan | None, tuple[Kept, ...]]:
+    """Return the plan of all that a pipeline removed, if it can be told, and what the report says was kept."""
+    last = result.facts.get(Plan)
+    assert last is None or isinstance(last, Plan)
+    if result.program.origin is None:
+        return last, result.kept
+    try:
+        heads = result.removed.heads
+        return Plan.between(dense, groups, result.program, last=last, heads=heads), result.kept
+    except PlanError as error:
+        return None, (*result.kept, Kept("plan.json", str(error)))
 
 
-def _figures(program: Program, measured: Any, accuracy: float | None) -> Figures:
-    from graphprune.groups import analyze
-
-    cost = analyze(program).cost
+def _figures(groups: DependencyGroups, measured: Any, accuracy: float | None) -> Figures:
     return Figures(
-        params=cost.params,
-        macs=cost.macs,
+        params=groups.cost.params,
+        macs=groups.cost.macs,
         onnx_bytes=measured.get("onnx_bytes"),
         onnx_zipped_bytes=measured.get("onnx_zipped_bytes"),
         nonzero=measured.get("nonzero"),

@@ -24,7 +24,7 @@ from torch import Tensor
 from graphprune.flow import first_users
 from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import Labels
-from graphprune.program import Program
+from graphprune.program import Origin, Program
 
 __all__ = [
     "RESOURCES",
@@ -34,7 +34,6 @@ __all__ = [
     "NodeCost",
     "Products",
     "Resource",
-    "before_blocks",
     "element_term",
 ]
 
@@ -55,12 +54,6 @@ class Cost:
     """Bytes of the exported file; 0 where they were not measured."""
     latency: float = 0.0
     """Milliseconds of one sample in ONNX Runtime, as a model of measurements has it; 0 where none were taken."""
-
-
-def before_blocks(cost: Cost, program: Program) -> Cost:
-    """Return what a program of this cost had before residual blocks of it went, as far as graphs say it."""
-    origin = program.origin
-    return cost if origin is None else replace(cost, params=origin.params, macs=origin.macs)
 
 
 @dataclass(frozen=True)
@@ -145,6 +138,8 @@ class CostModel:
     _params: Products
     measured: Mapping[Resource, Products] = field(default_factory=lambda: MappingProxyType({}))
     """What was measured besides, in bytes and milliseconds."""
+    measured_before: Mapping[Resource, float] = field(default_factory=lambda: MappingProxyType({}))
+    """The same of the model that came in, where the program is what is left of one."""
 
     @classmethod
     def build(
@@ -210,6 +205,20 @@ class CostModel:
     def macs(self) -> int:
         """Multiply-accumulates of the dense program for one sample."""
         return self.total().macs
+
+    def origin_of(self, program: Program) -> Origin:
+        """Return what the program, which costs this, was before anything of it went."""
+        return program.origin or Origin(params=self.params, macs=self.macs)
+
+    def before(self, program: Program) -> Cost:
+        """Return what the program, which costs this, cost before anything of it went."""
+        origin, now = self.origin_of(program), self.total()
+        return Cost(
+            params=origin.params,
+            macs=origin.macs,
+            size=round(self.measured_before.get("size", now.size)),
+            latency=self.measured_before.get("latency", now.latency),
+        )
 
     def per_node(self, keep: Keep | None = None) -> list[NodeCost]:
         """Return what every node costs, in graph order; shared parameters count at their first user."""

@@ -27,7 +27,7 @@ from graphprune.labels.propagate import propagate
 from graphprune.labels.trace import NO_RULE, Labels, tensor_infos
 from graphprune.outcome import Kept
 from graphprune.pipeline import Facts
-from graphprune.program import Program
+from graphprune.program import Program, Slices
 
 __all__ = ["DependencyGroup", "DependencyGroups", "Place", "analyze"]
 
@@ -164,6 +164,20 @@ class DependencyGroups(Facts):
     def channels_of(self, place: Place) -> Atoms:
         """Return the coupled channel of every index along a parameter dimension."""
         return self.channel_of[self.labels.sources[place.name].atoms[place.dim]]
+
+    def kept_indices(self, keep: Keep) -> dict[str, dict[int, Atoms]]:
+        """Return parameter or buffer -> dimension -> what is left of it, where these channels leave less than all."""
+        found: dict[str, dict[int, Atoms]] = {}
+        for place in self.places:
+            kept = keep[self.channels_of(place)]
+            if not kept.all():
+                found.setdefault(place.name, {})[place.dim] = np.flatnonzero(kept)
+        return found
+
+    def slices(self, keep: Keep) -> Slices:
+        """Return the same as plain numbers."""
+        found = self.kept_indices(keep)
+        return {n: {d: tuple(kept.tolist()) for d, kept in ds.items()} for n, ds in found.items()}
 
     @cached_property
     def summed_over(self) -> Mapping[str, Atoms]:

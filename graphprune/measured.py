@@ -65,7 +65,7 @@ SECONDS = 12.0
 ROUNDS = 5
 """How many choices are timed at most before one is settled on."""
 NEAR: Mapping[Resource, float] = {"size": 0.005, "latency": 0.03}
-"""A choice is good enough this far below a limit, as a fraction of what the dense program has."""
+"""A choice is good enough this far below a limit, as a fraction of what the model that came in has."""
 
 
 class _HasKeep(Protocol):
@@ -333,7 +333,7 @@ def land(
     nothing changes any more.
 
     Args:
-        program: The dense program.
+        program: The program that is to be cut.
         groups: Its analysis, with measured costs.
         target: What must be reached.
         decide: Makes a choice with the costs that it is given, and raises TargetError where there is none.
@@ -359,7 +359,7 @@ def land(
             if reached <= 1 and any(s.found >= s.limit - NEAR[r] for r, s in shares.items()):
                 break
             for resource, share in shares.items():
-                groups = _corrected(groups, resource, choice.keep, share.found)
+                groups = _corrected(groups, resource, choice.keep, share.found / share.own)
             previous = choice.keep
             try:
                 choice = decide(groups)
@@ -368,31 +368,38 @@ def land(
             if np.array_equal(previous, choice.keep):
                 break
     if best is None:
-        raise TargetError(_not_reached(target, groups.cost.total(), seen))
+        raise TargetError(_not_reached(target, target.whole(groups.cost.total()), seen))
     return best[1]
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What was measured of a cut, and what it may be, as fractions of the dense program's."""
+    """What was measured of a cut, and what it may be, as fractions of the model that came in."""
 
     found: float
     limit: float
+    own: float
+    """The fraction that the program has, of which it is a cut; 1 where nothing has gone before."""
+
+    @classmethod
+    def of(cls, resource: Resource, target: Target, before: Cost, after: float) -> _Share:
+        """Return the share of a cut that was measured beside the program, whose cost is `before`."""
+        whole = getattr(target.whole(before), resource)
+        limit, own = (getattr(cost, resource) for cost in (target.limits(before), before))
+        return cls(found=after / whole, limit=limit / whole, own=own / whole)
 
 
 def _shares(
     cuts: Cuts, keep: Keep, target: Target, *, device: str, seed: int
 ) -> dict[Resource, _Share]:
-    everything = cuts.groups.cost.everything()
+    dense, everything = cuts.groups.cost.total(), cuts.groups.cost.everything()
     shares: dict[Resource, _Share] = {}
     if target.size is not None:
-        before, after = (cuts.num_bytes(choice) for choice in (everything, keep))
-        limit = target.limits(cuts.groups.cost.total()).size
-        shares["size"] = _Share(after / before, limit / before)
+        first, second = (cuts.num_bytes(choice) for choice in (everything, keep))
+        shares["size"] = _Share.of("size", target, replace(dense, size=first), second)
     if target.latency is not None:
-        first, second = cuts.milliseconds([everything, keep], device=device, seed=seed)
-        dense = replace(cuts.groups.cost.total(), latency=first)
-        shares["latency"] = _Share(second / first, target.limits(dense).latency / first)
+        own, cut = cuts.milliseconds([everything, keep], device=device, seed=seed)
+        shares["latency"] = _Share.of("latency", target, replace(dense, latency=own), cut)
     return shares
 
 

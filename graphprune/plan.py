@@ -7,6 +7,7 @@ channels went.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,16 +20,15 @@ import numpy as np
 from graphprune.cost import Keep
 from graphprune.errors import PlanError
 from graphprune.files import write_atomic
-from graphprune.groups import DependencyGroups, Place
+from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.outcome import Removed
 from graphprune.pipeline import Facts
-from graphprune.program import Program
+from graphprune.program import Program, Slices
+from graphprune.residual import named_blocks, without_blocks
 
 __all__ = ["Plan", "fingerprint"]
 
 VERSION = 1
-
-Slices = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
 def fingerprint(program: Program) -> str:
@@ -78,14 +78,9 @@ class Plan(Facts):
             raise PlanError(
                 f"the choice of channels breaks {len(wrong)} constraints: {'; '.join(wrong[:3])}"
             )
-        slices: dict[str, dict[int, tuple[int, ...]]] = {}
-        for place in groups.places:
-            kept = keep[groups.channels_of(place)]
-            if not kept.all():
-                slices.setdefault(place.name, {})[place.dim] = tuple(np.flatnonzero(kept).tolist())
         removed = sum(int((~keep[g.channels]).sum()) for g in groups)
         return cls(
-            slices=slices,
+            slices=groups.slices(keep),
             blocks=program.lost_blocks,
             model=program.source,
             fingerprint=fingerprint(program),
@@ -94,6 +89,50 @@ class Plan(Facts):
             seed=seed,
             removed=Removed(channels=removed, heads=heads),
         )
+
+    @classmethod
+    def between(
+        cls,
+        dense: Program,
+        groups: DependencyGroups,
+        smaller: Program,
+        *,
+        last: Plan | None = None,
+        heads: int = 0,
+    ) -> Plan:
+        """Build the plan of all that went on the way from one program to another, in however many surgeries.
+
+        Args:
+            dense: What came in.
+            groups: Its analysis.
+            smaller: What is left of it.
+            last: The last plan on the way, which says how channels were chosen.
+            heads: How many attention heads went.
+
+        Raises:
+            PlanError: More is left of a tensor than the couplings of `dense` leave.
+        """
+        origin = groups.cost.origin_of(smaller)
+        if origin.blocks:
+            blocks = named_blocks(dense, groups, origin.blocks)
+            dense = without_blocks(dense, groups, blocks)
+            groups = analyze(dense)
+        left = {
+            place: origin.slices[place.name][place.dim]
+            for place in groups.places
+            if place.dim in origin.slices.get(place.name, {})
+        }
+        keep = groups.cost.everything()
+        for place, kept in left.items():
+            keep[np.delete(groups.channels_of(place), kept)] = False
+        plan = cls.of(dense, groups, groups.close(keep), heads=heads)
+        for place, kept in left.items():
+            if plan.slices.get(place.name, {}).get(place.dim) != kept:
+                raise PlanError(
+                    f"more of {place} is left than the couplings of {dense.source} leave"
+                )
+        how = {} if last is None else {n: getattr(last, n) for n in ("method", "target", "seed")}
+        return dataclasses.replace(plan, blocks=origin.blocks, **how)
 
     def keep(self, program: Program, groups: DependencyGroups) -> Keep:
         """Return which coupled channels of `program` the plan keeps.

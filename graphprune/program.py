@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -24,9 +24,12 @@ from torch import Tensor, fx, nn
 
 from graphprune.calling import Calling
 
-__all__ = ["Dialect", "Origin", "Program", "WholeModel"]
+__all__ = ["Dialect", "Origin", "Program", "Slices", "WholeModel", "compose"]
 
 Dialect = Literal["fx", "export", "module"]
+
+Slices = Mapping[str, Mapping[int, tuple[int, ...]]]
+"""Parameter or buffer -> dimension -> kept indices, ascending, for everything that is cut."""
 
 
 class WholeModel(fx.GraphModule):
@@ -58,14 +61,27 @@ class WholeModel(fx.GraphModule):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a program was before residual blocks of it went: what targets on MACs and parameters are fractions of."""
+    """What a program was before anything of it went, and what has gone since, however many surgeries that took."""
 
     params: int
-    """Parameters that it had."""
+    """Parameters that it had; targets are fractions of this, and of the MACs."""
     macs: int
     """Multiply-accumulates that it did for one sample."""
     blocks: tuple[str, ...] = ()
     """Residual blocks that have gone since, in the order in which they went."""
+    slices: Slices = field(default_factory=dict)
+    """What is left of its tensors."""
+
+
+def compose(first: Slices, second: Slices) -> Slices:
+    """Return the indices that two cuts leave, the second in what the first has left, in those of before both."""
+    both = {name: dict(dims) for name, dims in first.items()}
+    for name, dims in second.items():
+        mine = both.setdefault(name, {})
+        for dim, kept in dims.items():
+            before = mine.get(dim)
+            mine[dim] = kept if before is None else tuple(before[i] for i in kept)
+    return both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +105,7 @@ class Program:
     fixed: frozenset[tuple[str, str, int]] = frozenset()
     """Operators of such a model, by module, name and occurrence, before which its own code holds sizes as numbers."""
     origin: Origin | None = None
-    """What it was before residual blocks of it went; None: none did."""
+    """What it was before anything of it went; None: nothing did."""
     history: tuple[str, ...] = ()
     """Text form of every surgery that has changed this program, oldest first."""
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)

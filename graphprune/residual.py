@@ -25,7 +25,7 @@ from graphprune.groups import DependencyGroups
 from graphprune.labels.trace import TensorInfo, tensor_infos
 from graphprune.lowering.memory import Memory
 from graphprune.lowering.symbolic import erase_dead
-from graphprune.program import Origin, Program
+from graphprune.program import Program
 
 __all__ = [
     "ResidualBlock",
@@ -186,7 +186,7 @@ def without_blocks(
             delattr(holder, attribute)
     module.delete_all_unused_submodules()
     module.recompile()
-    origin = program.origin or Origin(params=groups.cost.params, macs=groups.cost.macs)
+    origin = groups.cost.origin_of(program)
     names = (*program.lost_blocks, *(block.name for block in blocks))
     return program.evolve(module, step=step, origin=replace(origin, blocks=names))
 

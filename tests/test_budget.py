@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -265,21 +266,23 @@ class TestRefusals:
             choose(groups, scores, Target(macs=0.5))
 
 
-def test_fractions_are_of_the_program_that_had_its_blocks() -> None:
+def test_fractions_are_of_what_the_program_was_before_anything_went() -> None:
     program = gp.capture(models.tiny_residual(), torch.randn(1, 3, 16, 16))
-    target = parse_target("macs=0.25,params=400,latency=0.5")
-    assert target.of(program) == target
-    lost = program.evolve(program.module, origin=Origin(params=2000, macs=10000))
-    left = Cost(params=1000, macs=5000, latency=4.0)
-    assert target.of(lost).limits(left) == Cost(params=400, macs=2500, latency=2.0)
-    assert parse_target("params=0.3").of(lost).limits(left) == Cost(
-        params=600, macs=5000, latency=4
-    )
     groups = analyze(program)
-    too_little = parse_target("macs=0.00001").of(
-        program.evolve(program.module, origin=Origin(params=10**6, macs=10**8))
+    target = parse_target("macs=0.25,params=400,latency=0.5")
+    assert target.of(program, groups) == target
+    lost = program.evolve(program.module, origin=Origin(params=2000, macs=10000))
+    cost = dataclasses.replace(groups.cost, measured_before={"size": 900.0, "latency": 6.0})
+    measured = dataclasses.replace(groups, cost=cost)
+    left = Cost(params=1000, macs=5000, size=700, latency=4.0)
+    assert target.of(lost, measured).limits(left) == Cost(
+        params=400, macs=2500, size=700, latency=3.0
     )
+    assert parse_target("params=0.3").of(lost, groups).limits(left) == Cost(
+        params=600, macs=5000, size=700, latency=4.0
+    )
+    big = program.evolve(program.module, origin=Origin(params=10**6, macs=10**8))
     with pytest.raises(
         TargetError, match=r"target macs=1e-05 cannot be .* at macs=0.00\d+ \(.* of 100,000,000\)"
     ):
-        choose(groups, random_scores(groups, 0), too_little)
+        choose(groups, random_scores(groups, 0), parse_target("macs=0.00001").of(big, groups))

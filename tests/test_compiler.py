@@ -248,15 +248,57 @@ def test_each_compilation_is_about_the_model_that_it_is_given() -> None:
     assert gp.apply(second.plan, first.program, export=False).passed
 
 
-def test_no_plan_says_that_blocks_went_after_channels() -> None:
-    text = 'dependency-groups,magnitude,choose-channels{target="macs=0.8"},remove-channels'
-    text += ",dependency-groups,remove-blocks{names=(left)}"
-    result = gp.compile(gate_networks.residual(), torch.zeros(2, 1, 8, 8), passes=text)
+CUT = 'dependency-groups,magnitude,choose-channels{target="%s"},remove-channels,clean-up'
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [
+        (f"{CUT % 'macs=0.7'},{CUT % 'macs=0.4'}", ()),
+        (f"{CUT % 'macs=0.8'},dependency-groups,remove-blocks{{names=(left)}}", ("left",)),
+        (f"dependency-groups,remove-blocks{{names=(left)}},{CUT % 'macs=0.4'}", ("left",)),
+    ],
+)
+def test_a_plan_says_all_that_went_in_whatever_order(
+    text: str, blocks: tuple[str, ...], tmp_path: Path
+) -> None:
+    model, x = gate_networks.residual(), torch.zeros(2, 1, 8, 8)
+    result = gp.compile(model, x, passes=text, export=False, out=tmp_path)
     assert result.passed
-    assert result.plan is None
-    assert ("plan.json", "left went after channels were chosen: no plan says so") in [
-        (kept.what, kept.why) for kept in result.report.kept
-    ]
+    assert result.plan is not None
+    assert result.plan.blocks == blocks
+    before, after = result.report.before.macs, result.report.after.macs
+    assert before is not None
+    assert after is not None
+    if text.endswith(CUT % "macs=0.4"):
+        assert 0.3 * before < after <= 0.4 * before  # of the model that came in
+        assert result.report.target == "macs=0.4"
+    tensors = dict(result.program.named_tensors())
+    for name, tensor in result.dense.named_tensors():
+        kept = result.plan.slices.get(name, {})
+        if name in tensors:
+            for dim, indices in kept.items():
+                tensor = tensor.index_select(dim, torch.tensor(indices))
+            assert torch.equal(tensor, tensors[name])
+    again = gp.apply(tmp_path / "plan.json", model, x, export=False)
+    assert again.passed
+    y = torch.randn(3, 1, 8, 8)
+    assert torch.equal(again.program.module(y), result.program.module(y))
+    assert again.report.after == result.report.after
+    if not blocks:
+        torch.testing.assert_close(result.apply_to(model)(y), result.program.module(y))
+
+
+def test_what_went_without_a_plan_has_one_all_the_same(tmp_path: Path) -> None:
+    model, x = gate_networks.residual(), torch.zeros(2, 1, 8, 8)
+    text = "dependency-groups,remove-blocks{names=(right)}"
+    result = gp.compile(model, x, passes=text, out=tmp_path)
+    assert result.plan is not None
+    assert (result.plan.blocks, dict(result.plan.slices)) == (("right",), {})
+    assert result.report.method is None
+    again = gp.apply(tmp_path / "plan.json", model, x, export=False)
+    assert again.report.removed.blocks == ("right",)
+    assert again.report.after.params == result.report.after.params
 
 
 def test_a_model_without_residual_blocks_says_so() -> None:

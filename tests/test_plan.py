@@ -15,9 +15,9 @@ import graphprune as gp
 from graphprune.budget import choose, parse_target
 from graphprune.cut import cut_program
 from graphprune.errors import PlanError
-from graphprune.groups import DependencyGroups, analyze
+from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.plan import Plan, fingerprint
-from graphprune.program import Program
+from graphprune.program import Origin, Program, Slices
 from graphprune.residual import named_blocks, without_blocks
 from tests import gate_networks
 from tests.exactness import random_scores
@@ -197,3 +197,33 @@ def test_a_plan_of_before_there_were_blocks_is_read(plan: Plan) -> None:
     data = plan.to_json()
     del data["blocks"]
     assert Plan.from_json(data) == plan
+
+
+def test_two_cuts_are_one_in_the_names_of_what_came_in(
+    program: Program, groups: DependencyGroups
+) -> None:
+    first = choose(groups, random_scores(groups, 0), parse_target("macs=0.8")).keep
+    once = cut_program(program, groups, first).program
+    inside = analyze(once)
+    second = choose(inside, random_scores(inside, 1), parse_target("macs=0.8")).keep
+    twice = cut_program(once, inside, second).program
+    plan = Plan.between(program, groups, twice)
+    assert plan.fingerprint == fingerprint(program)
+    cut = cut_program(program, groups, plan.keep(program, groups)).program
+    for (name, a), (other, b) in zip(cut.named_tensors(), twice.named_tensors(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    assert Plan.between(program, groups, once) == Plan.of(program, groups, first)
+
+
+def test_a_cut_that_couplings_forbid_has_no_plan(
+    program: Program, groups: DependencyGroups
+) -> None:
+    here = Place("fc.weight", 1)
+    there = next(p for g in groups if here in g.places for p in g.places if p != here)
+    slices: Slices = {here.name: {here.dim: (0, 1)}, there.name: {there.dim: (0, 1, 2)}}
+    cut = program.evolve(program.module, origin=Origin(params=1, macs=1, slices=slices))
+    with pytest.raises(
+        PlanError, match=r"more of .*\[\d\] is left than the couplings of tiny leave"
+    ):
+        Plan.between(program, groups, cut)

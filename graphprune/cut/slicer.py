@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -18,7 +17,7 @@ from graphprune.cut.literals import LiteralChange, rewrite_literals
 from graphprune.cut.shapes import Shapes
 from graphprune.groups import DependencyGroups
 from graphprune.lowering.copies import copy_structure
-from graphprune.program import Program, WholeModel
+from graphprune.program import Program, WholeModel, compose
 
 __all__ = ["Cut", "cut_program", "slice_tensor"]
 
@@ -71,23 +70,24 @@ def cut_program(
     shapes = Shapes(groups.labels, keep[groups.channel_of] if groups.num_channels else keep)
     attributes = update_attributes(graph, modules, shapes, groups.labels.calls)
     literals = rewrite_literals(graph, shapes)
+    origin = groups.cost.origin_of(program)
+    origin = replace(origin, slices=compose(origin.slices, groups.slices(keep)))
     kind = WholeModel if program.dialect == "module" else fx.GraphModule
     module = kind(modules, graph, class_name=type(program.module).__name__).eval()
     return Cut(
-        program=program.evolve(module, step=step), attributes=attributes, literals=tuple(literals)
+        program=program.evolve(module, step=step, origin=origin),
+        attributes=attributes,
+        literals=tuple(literals),
     )
 
 
 def _sliced(module: fx.GraphModule, groups: DependencyGroups, keep: Keep) -> dict[int, Tensor]:
     """Return a cut copy of every tensor of `module`, by the identity of the original."""
-    kept: dict[str, dict[int, Tensor]] = {}
-    sources = groups.labels.sources
-    left = keep[groups.channel_of]
-    for name, source in sources.items():
-        for dim, atoms in source.atoms.items():
-            mask = left[atoms]
-            if not mask.all():
-                kept.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
+    sources, left = groups.labels.sources, keep[groups.channel_of]
+    kept = {
+        name: {dim: torch.from_numpy(indices) for dim, indices in dims.items()}
+        for name, dims in groups.kept_indices(keep).items()
+    }
     memo: dict[int, Tensor] = {}
     named: dict[str, Tensor] = dict(module.named_parameters())
     named.update(module.named_buffers())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.plan import Slices
+from graphprune.program import Slices
 from graphprune.training.state_surgery import slice_tensors
 
 __all__ = ["WeightAverage"]

@@ -10,8 +10,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from graphprune.errors import UsageError
-from graphprune.plan import Slices
-from graphprune.program import Program
+from graphprune.program import Program, Slices
 from graphprune.training.batches import Augment
 from graphprune.training.distill import must_be_comparable
 from graphprune.training.optim import check_optim

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphprune.errors import PlanError, TrainingError
-from graphprune.plan import Slices
+from graphprune.program import Slices
 
 __all__ = ["all_tensors", "carry_optimizer", "slice_tensor", "slice_tensors", "write_slices"]
 

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from graphprune.budget import Target, parse_target
-from graphprune.cost import Cost, Resource, before_blocks
+from graphprune.cost import Cost, Resource
 from graphprune.errors import DataError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.output_error import OutputError
@@ -96,7 +96,7 @@ class ChooseBlocks(Pass):
 
     def _limits(self, program: Program, groups: DependencyGroups) -> Cost:
         """Return the amounts that may be left."""
-        dense = before_blocks(groups.cost.total(), program)
+        dense = groups.cost.before(program)
         limits = self._target().limits(dense)
         return Cost(
             params=_part_of_the_way(dense.params, limits.params, self.share),

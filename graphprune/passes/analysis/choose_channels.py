@@ -39,7 +39,7 @@ class ChooseChannels(Pass):
     def run(self, program: Program, context: Context) -> Plan:
         """Return the plan."""
         groups, scores = context.need(DependencyGroups), context.need(Scores)
-        target = parse_target(self.target).of(program)
+        target = parse_target(self.target).of(program, groups)
 
         def decide(costs: DependencyGroups) -> Choice:
             return choose(

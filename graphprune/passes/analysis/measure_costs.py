@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
+from graphprune.cost import Resource
 from graphprune.errors import UsageError
-from graphprune.groups import DependencyGroups
+from graphprune.groups import DependencyGroups, analyze
 from graphprune.measured import (
     Measurements,
     exported_cuts,
@@ -50,9 +53,10 @@ class MeasureCosts(Pass):
             )
         everything = groups.cost.everything()
         choices = probes(groups, seed=context.seed) if self.latency else [everything]
+        measurements = Measurements(self.spec(), program, context)
         with (
             context.progress.task("measure costs", len(choices)) as task,
-            exported_cuts(program, groups, Measurements(self.spec(), program, context)) as cuts,
+            exported_cuts(program, groups, measurements) as cuts,
         ):
             sizes = size_products(program, groups, cuts.num_bytes(everything))
             cost = groups.cost.with_measured("size", sizes)
@@ -65,4 +69,22 @@ class MeasureCosts(Pass):
                 )
                 fit = fit_latency(groups, choices, times)
                 cost = cost.with_measured("latency", fit.products(groups))
+        if program.origin is not None:
+            before = self._measure_before(context, measurements)
+            cost = dataclasses.replace(cost, measured_before=before)
         return dataclasses.replace(groups, cost=cost)
+
+    def _measure_before(
+        self, context: Context, measurements: Measurements
+    ) -> Mapping[Resource, float]:
+        """Return the same of the model that came in, which targets are fractions of."""
+        groups = analyze(context.dense)
+        everything = groups.cost.everything()
+        with exported_cuts(context.dense, groups, measurements) as cuts:
+            found: dict[Resource, float] = {"size": cuts.num_bytes(everything)}
+            if self.latency:
+                device = context.runtime_device
+                (found["latency"],) = cuts.milliseconds(
+                    [everything], device=device, seed=context.seed
+                )
+        return MappingProxyType(found)

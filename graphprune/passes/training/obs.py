@@ -264,7 +264,7 @@ class _Surgeon:
         Raises:
             TargetError: The target cannot be reached.
         """
-        target = parse_target(self.options.target).of(self.program)
+        target = parse_target(self.options.target).of(self.program, self.groups)
         if target.ratio is not None:
             return [
                 max(n for n in self._counts(g, 1) if n <= target.ratio * len(g) + 1e-9)

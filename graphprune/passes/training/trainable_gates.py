@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphprune.budget import Target, is_near, parse_round_to, parse_target
-from graphprune.cost import Cost, Resource, before_blocks
+from graphprune.cost import Cost, Resource
 from graphprune.cut import cut_program
 from graphprune.errors import DataError, PassError, UsageError
 from graphprune.gates.function import SHAPES, Shape
@@ -102,7 +102,7 @@ class TrainableGates(Pass):
         """Train a clone with gates, and return it without them, with the plan that removes what is shut."""
         self.check(context)
         groups = context.need(DependencyGroups)
-        target = parse_target(self.target).of(program)
+        target = parse_target(self.target).of(program, groups)
         granularity = parse_granularity(self.granularity)
         gated = insert_gates(
             program,
@@ -145,7 +145,7 @@ class TrainableGates(Pass):
         if context.verify:
             cut = cut_program(trained, groups, choice.keep).program
             checks["gates"] = verify_surgery(gated.program, cut)
-        before = before_blocks(dense, program)
+        before = groups.cost.before(program)
         own, chosen = (_shares(cost, before, target) for cost in (hook.own_cost, choice.cost))
         return TrainingResult(
             program=trained,

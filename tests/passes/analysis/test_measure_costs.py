@@ -31,9 +31,14 @@ PER_CALL = 0.2
 PER_BYTE = 2e-5
 
 
+def milliseconds(num_bytes: float) -> float:
+    """Return the time for a file's bytes, with a step every four kilobytes."""
+    return PER_CALL + PER_BYTE * 4096 * -(-num_bytes // 4096)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let a file take time for its bytes, with a step every four kilobytes; return how many were timed."""
+    """Let a file take time for its bytes; return how many were timed."""
     timed: list[int] = []
 
     def bench(paths: Sequence[Path], inputs: Sequence[Tensor], **_: Any) -> list[Latency]:
@@ -41,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return [
             Latency(
                 path=path,
-                median_ms=PER_CALL + PER_BYTE * 4096 * -(-path.stat().st_size // 4096),
+                median_ms=milliseconds(path.stat().st_size),
                 p10_ms=0.0,
                 p90_ms=0.0,
                 runs=1,
@@ -174,6 +179,24 @@ def test_compile_takes_measured_targets(target: str, clock: list[int], tmp_path:
         assert before.onnx_bytes is not None
         assert after.onnx_bytes <= 0.5 * before.onnx_bytes
     assert bool(clock) == ("latency" in target)
+
+
+@pytest.mark.parametrize("target", ["latency=0.6", "size=0.5"])
+def test_fractions_are_of_the_model_that_came_in(
+    target: str, clock: list[int], tmp_path: Path
+) -> None:
+    cut = 'choose-channels{target="%s"},remove-channels,clean-up'
+    text = f"dependency-groups,magnitude,{cut % 'macs=0.8'},dependency-groups,measure-costs,magnitude,{cut % target}"
+    program = network()
+    result = gp.Pipeline.parse(text).run(program)
+    files = [
+        export_onnx(p, tmp_path / f"{n}.onnx").path for n, p in enumerate((program, result.program))
+    ]
+    dense, left = (float(path.stat().st_size) for path in files)
+    if "latency" in target:
+        dense, left = (milliseconds(num_bytes) for num_bytes in (dense, left))
+    fraction = float(target.partition("=")[2])
+    assert (fraction - 0.15) * dense < left <= fraction * dense
 
 
 def test_several_processes_do_not_time_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
