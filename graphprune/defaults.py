@@ -68,7 +68,7 @@ def default_pipeline(
         after = _after_the_choice(
             [], reestimate=has_data, task=task, training=training, export=export
         )
-        return ",".join([*_blocks(target), *after])
+        return ",".join([*_blocks(target, task=task), *after])
     _must_be_method(method)
     choice: dict[str, textform.Value] = {"target": target}
     if round_to != DEFAULT_ROUND_TO:
@@ -89,7 +89,7 @@ def default_pipeline(
         ]
     steps = [
         # half of the way is made by blocks: depth and width shrink alike
-        *(_blocks(target, share=0.5) if has_blocks else []),
+        *(_blocks(target, task=task, share=0.5) if has_blocks else []),
         "dependency-groups",  # which channels must go together, and which cannot go
         *_measurements(limits),
         *chosen,
@@ -150,7 +150,9 @@ def training_options(text: str) -> dict[str, textform.Value]:
     return options
 
 
-def _blocks(target: str, **options: textform.Value) -> list[str]:
+def _blocks(target: str, *, task: str, **options: textform.Value) -> list[str]:
+    if task:
+        options["task"] = task
     return [
         "dependency-groups",  # what the residual blocks are, and what they cost
         textform.format_pass("choose-blocks", {"target": target, **options}),

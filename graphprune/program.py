@@ -121,6 +121,11 @@ class Program:
         )
 
     @property
+    def fixed_batch(self) -> int | None:
+        """The only number of samples that the program takes; None where it takes any."""
+        return None if self.dynamic_batch else int(self.example_inputs[0].shape[0])
+
+    @property
     def lost_blocks(self) -> tuple[str, ...]:
         """Residual blocks that have gone, in the order in which they went."""
         return () if self.origin is None else self.origin.blocks

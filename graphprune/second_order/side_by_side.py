@@ -22,7 +22,7 @@ __all__ = ["walk"]
 def walk(
     program: Program,
     reference: Program,
-    batches: Sequence[Tensor],
+    batches: Sequence[tuple[Tensor, ...]],
     nodes: Sequence[str],
     *,
     device: str | torch.device = "cpu",
@@ -33,7 +33,7 @@ def walk(
     Args:
         program: Runs with the weights that it has when a layer is reached; on `device` as long as the walk lasts.
         reference: The same graph with other weights, which must not share tensors with `program`.
-        batches: One tensor each.
+        batches: One tensor for each input of the graph.
         nodes: The layers, by node; they are yielded in graph order.
         device: Where to compute; the moments come back to the CPU.
         max_patches: Look at this many samples of a batch at most, drawn at random with a fixed seed.
@@ -66,12 +66,12 @@ class _Runner(fx.Interpreter):
     """Runs one node after the other, each on all batches, and forgets what no later node reads."""
 
     def __init__(
-        self, program: Program, batches: Sequence[Tensor], device: str | torch.device
+        self, program: Program, batches: Sequence[tuple[Tensor, ...]], device: str | torch.device
     ) -> None:
         super().__init__(program.module.to(device))
         self.nodes = list(program.module.graph.nodes)
         self.envs: list[dict[fx.Node, object]] = [{} for _ in batches]
-        self.feeds = [iter([batch.to(device)]) for batch in batches]
+        self.feeds = [iter([x.to(device) for x in inputs]) for inputs in batches]
 
     def inputs(self, node: fx.Node) -> Iterator[Tensor]:
         """Yield what flows into `node`, batch by batch."""

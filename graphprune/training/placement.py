@@ -26,9 +26,7 @@ class Placement:
         self.task = task
         self.device = device
         self.memory_format = _memory_format(program)
-        self.fixed_batch = (
-            None if program.dynamic_batch else int(program.example_inputs[0].shape[0])
-        )
+        self.fixed_batch = program.fixed_batch
         program.module.to(device).to(memory_format=self.memory_format)
         self.classes = self._classes() if task.is_classification else None
 

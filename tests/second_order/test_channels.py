@@ -263,7 +263,7 @@ def test_a_group_of_a_convolution_is_a_layer_of_its_own() -> None:
     assert len(group) == 3
     assert columns_of(group.readers[0], [1]).tolist() == list(range(9, 18))
 
-    batches = [torch.randn(6, 3, 8, 8)]
+    batches = [(torch.randn(6, 3, 8, 8),)]
     weight = program.module.get_parameter("grouped.weight").detach().flatten(1).double()
     (moments,) = walk(program, program.clone(), batches, ["grouped"])
     whole = removal_order(
@@ -288,7 +288,7 @@ def test_the_refit_of_a_grouped_convolution_is_that_of_each_group() -> None:
     pruned = program.clone()
     with torch.no_grad():
         pruned.module.get_parameter("first.weight")[::3] = 0.0
-    (moments,) = walk(pruned, program, [torch.randn(6, 3, 8, 8)], ["grouped"])
+    (moments,) = walk(pruned, program, [(torch.randn(6, 3, 8, 8),)], ["grouped"])
     dense = program.module.get_parameter("grouped.weight").detach().flatten(1).double()
     bias = program.module.get_parameter("grouped.bias").detach().double()
     alive = torch.ones(27, dtype=torch.bool)
@@ -309,7 +309,7 @@ def test_the_refit_of_a_grouped_convolution_is_that_of_each_group() -> None:
 
 def test_the_walk_agrees_with_collect() -> None:
     program = _program()
-    batches = [torch.randn(5, 3, 8, 8), torch.randn(2, 3, 8, 8)]
+    batches = [(torch.randn(5, 3, 8, 8),), (torch.randn(2, 3, 8, 8),)]
     nodes = ["left", "right", "head"]
     expected = collect(program, batches, nodes)
     for moments in walk(program, program.clone(), batches, nodes):
@@ -322,7 +322,7 @@ def test_the_walk_agrees_with_collect() -> None:
 def test_the_walk_sees_new_weights() -> None:
     program = _program()
     reference = program.clone()
-    batches = [torch.randn(5, 3, 8, 8)]
+    batches = [(torch.randn(5, 3, 8, 8),)]
     for moments in walk(program, reference, batches, ["left", "head"]):
         if moments.layer.node == "left":
             with torch.no_grad():

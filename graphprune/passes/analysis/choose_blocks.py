@@ -23,7 +23,7 @@ from graphprune.budget import Target, parse_target
 from graphprune.cost import Cost, Resource
 from graphprune.errors import DataError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
-from graphprune.output_error import OutputError
+from graphprune.output_change import OutputChange
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan, fingerprint
 from graphprune.program import Program
@@ -36,6 +36,7 @@ from graphprune.residual import (
     sharing_without,
     without_blocks,
 )
+from graphprune.training.drawn_samples import DrawnSamples
 
 __all__ = ["ChooseBlocks"]
 
@@ -56,6 +57,8 @@ class ChooseBlocks(Pass):
     """How many training samples to run on; their labels are not looked at."""
     batch_size: int = 128
     """Samples in a batch."""
+    task: str = ""
+    """How samples are read, ``package.module:factory`` of a `graphprune.training.Task`; empty: (inputs, label)."""
 
     def run(self, program: Program, context: Context) -> Plan:
         """Return the plan that removes them."""
@@ -110,7 +113,7 @@ class ChooseBlocks(Pass):
         if not _over(groups.cost.total(), limits):
             return ()
         module = program.clone().module  # it goes to the device
-        judge = OutputError(module, self._samples(program, context), context.device)
+        judge = OutputChange(module, self._samples(program, context), context.device)
         now = _Trial(blocks=(), error=0.0, cost=groups.cost.total())
         with context.progress.task("choose-blocks: what the outputs miss least") as task:
             while over := _over(now.cost, limits):
@@ -144,15 +147,16 @@ class ChooseBlocks(Pass):
             "Give a larger target, or let channels go as well: granularity channels,blocks"
         )
 
-    def _samples(self, program: Program, context: Context) -> list[Tensor]:
-        assert context.data is not None
-        if len(program.example_inputs) != 1:
-            raise DataError(
-                f"{self.name} runs the model on samples of the data, which hold one input, and {program.source} takes "
-                f"{len(program.example_inputs)}; name the blocks yourself: remove-blocks{{names=(...)}}"
-            )
-        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
-        return [batch[0] for batch in loader]
+    def _samples(self, program: Program, context: Context) -> list[tuple[Tensor, ...]]:
+        samples = DrawnSamples.of(
+            program,
+            context,
+            name=self.name,
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            task=self.task,
+        )
+        return list(samples)
 
 
 @dataclass(frozen=True)

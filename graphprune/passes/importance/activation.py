@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from graphprune.errors import DataError
 from graphprune.flow import unavoidable_nodes
 from graphprune.groups import DependencyGroups
 from graphprune.labels import TensorInfo
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, divisors
+from graphprune.training.drawn_samples import DrawnSamples
+from graphprune.training.samples import told_by_shape
 
 __all__ = ["MeanActivation"]
 
@@ -37,28 +38,34 @@ class MeanActivation(Pass):
     """How many training samples to run."""
     batch_size: int = 64
     """Samples in a batch."""
+    task: str = ""
+    """How samples are read, ``package.module:factory`` of a `graphprune.training.Task`; empty: (inputs, label)."""
     relative: bool = True
     """Count shares in layers that everything goes through; false: sums everywhere."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the mean absolute activations."""
         groups = context.need(DependencyGroups)
-        if context.data is None:
-            raise DataError(
-                f"method {self.name} expected training data, found none; give data= or --data"
-            )
+        samples = DrawnSamples.of(
+            program,
+            context,
+            name=self.name,
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            task=self.task,
+        )
         recorder = _Recorder(program.clone().module.to(context.device), groups)
-        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
         with (
             torch.inference_mode(),
-            context.progress.task("activations", total=len(loader)) as task,
+            context.progress.task("activations", total=len(samples)) as task,
         ):
-            for inputs, _ in loader:
-                recorder.run(inputs.to(context.device))
+            for inputs in samples:
+                with told_by_shape(program, inputs):
+                    recorder.run(*(x.to(context.device) for x in inputs))
                 task.advance()
         read = recorder.by_reader()
         totals = {n: float(sum(part.sum() for _, part in parts)) for n, parts in read.items()}
-        by = dict.fromkeys(read, float(max(1, len(loader))))
+        by = dict.fromkeys(read, float(max(1, len(samples))))
         if self.relative:
             by = divisors(totals, unavoidable_nodes(program, groups.labels))
         values = np.zeros(groups.num_channels)

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from graphprune.errors import DataError
+from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, sum_over_places
-from graphprune.training import load_task
+from graphprune.training.drawn_samples import DrawnSamples
 
 __all__ = ["Fisher"]
 
@@ -44,16 +44,21 @@ class Fisher(Pass):
     def run(self, program: Program, context: Context) -> Scores:
         """Square and average the gradients and return the scores."""
         groups = context.need(DependencyGroups)
-        if context.data is None:
-            raise DataError(
-                f"method {self.name} expected labelled training data, found none; give data= or --data"
+        if program.fixed_batch not in (None, 1):
+            raise UsageError(
+                f"{self.name} takes gradients of single samples, and {program.source} takes batches of "
+                f"{program.fixed_batch} only; capture it with one sample as example input, or use taylor"
             )
-        task = load_task(self.task)
+        samples = DrawnSamples.of(
+            program,
+            context,
+            name=self.name,
+            batch_size=1,
+            num_samples=self.num_samples,
+            task=self.task,
+        )
         clone = program.clone()
         module = clone.module.to(context.device).requires_grad_(True)
-        loader = context.data.train(
-            1, seed=context.seed, limit=self.num_samples, collate=task.collate
-        )
         values = np.zeros(groups.num_channels)
 
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
@@ -61,10 +66,10 @@ class Fisher(Pass):
                 return None
             return along(tensor.detach() * tensor.grad, place.dim)
 
-        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as shown:
-            for batch in loader:
+        with torch.enable_grad(), context.progress.task("gradients", total=len(samples)) as shown:
+            for batch in samples.batches():
                 module.zero_grad()
-                task.loss_of(clone, batch, context.device).backward()
+                samples.task.loss_of(clone, batch, context.device).backward()
                 values += sum_over_places(clone, groups, measure) ** 2
                 shown.advance()
-        return Scores(values=values / (2 * max(1, len(loader))), method=self.spec())
+        return Scores(values=values / (2 * max(1, len(samples))), method=self.spec())

@@ -13,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from graphprune.errors import DataError
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, sum_over_places
-from graphprune.training import load_task
+from graphprune.training.drawn_samples import DrawnSamples
 
 __all__ = ["Taylor"]
 
@@ -45,19 +44,19 @@ class Taylor(Pass):
     def run(self, program: Program, context: Context) -> Scores:
         """Accumulate the gradient of the loss and return the scores."""
         groups = context.need(DependencyGroups)
-        if context.data is None:
-            raise DataError(
-                f"method {self.name} expected labelled training data, found none; give data= or --data"
-            )
-        task = load_task(self.task)
+        samples = DrawnSamples.of(
+            program,
+            context,
+            name=self.name,
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            task=self.task,
+        )
         clone = program.clone()
         clone.module.to(context.device).requires_grad_(True)
-        loader = context.data.train(
-            self.batch_size, seed=context.seed, limit=self.num_samples, collate=task.collate
-        )
-        with torch.enable_grad(), context.progress.task("gradients", total=len(loader)) as shown:
-            for batch in loader:
-                task.loss_of(clone, batch, context.device).backward()
+        with torch.enable_grad(), context.progress.task("gradients", total=len(samples)) as shown:
+            for batch in samples.batches():
+                samples.task.loss_of(clone, batch, context.device).backward()
                 shown.advance()
 
         def measure(place: Place, tensor: Tensor) -> NDArray[np.float64] | None:
@@ -66,4 +65,4 @@ class Taylor(Pass):
             return np.abs(along(tensor.detach() * tensor.grad, place.dim))
 
         values = sum_over_places(clone, groups, measure)
-        return Scores(values=values / max(1, len(loader)), method=self.spec())
+        return Scores(values=values / max(1, len(samples)), method=self.spec())

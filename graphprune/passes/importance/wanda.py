@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graphprune.errors import DataError
 from graphprune.groups import DependencyGroups, Place
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, sum_over_places
 from graphprune.second_order.calibration import collect
 from graphprune.second_order.layers import layers
+from graphprune.training.drawn_samples import DrawnSamples
 
 __all__ = ["Wanda"]
 
@@ -41,27 +41,32 @@ class Wanda(Pass):
     """How many training samples to run."""
     batch_size: int = 64
     """Samples in a batch."""
+    task: str = ""
+    """How samples are read, ``package.module:factory`` of a `graphprune.training.Task`; empty: (inputs, label)."""
     relative: bool = True
     """Count shares in layers that everything goes through; false: sums everywhere."""
 
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the scores."""
         groups = context.need(DependencyGroups)
-        if context.data is None:
-            raise DataError(
-                f"method {self.name} expected training data, found none; give data= or --data"
-            )
+        samples = DrawnSamples.of(
+            program,
+            context,
+            name=self.name,
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            task=self.task,
+        )
         tensors = dict(program.named_tensors())
         readers = {
             layer.node: layer
             for layer in layers(program)
             if layer.groups == 1 and Place(layer.weight, 1) in groups.places
         }
-        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
-        with context.progress.task("second moments", total=len(loader)) as task:
+        with context.progress.task("second moments", total=len(samples)) as task:
 
-            def batches() -> Iterator[Tensor]:
-                for inputs, _ in loader:
+            def batches() -> Iterator[tuple[Tensor, ...]]:
+                for inputs in samples:
                     yield inputs
                     task.advance()
 

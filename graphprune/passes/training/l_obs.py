@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphprune.errors import DataError, UsageError
+from graphprune.errors import UsageError
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
 from graphprune.second_order.chain import bound_of
 from graphprune.second_order.layers import layers
 from graphprune.second_order.layerwise import Amount, LayerOutcome, counts_for, prune_layers
+from graphprune.training.drawn_samples import DrawnSamples
 
 __all__ = ["LayerwiseObs"]
 
@@ -50,19 +51,24 @@ class LayerwiseObs(Pass):
     """How many training samples to use, drawn at random."""
     batch_size: int = 128
     """Samples in a batch."""
+    task: str = ""
+    """How samples are read, ``package.module:factory`` of a `graphprune.training.Task`; empty: (inputs, label)."""
 
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Return a clone with zeros."""
         self._check()
-        data = context.data
-        if data is None:
-            raise DataError(f"{self.name} expected training data, found none; give data= or --data")
+        samples = DrawnSamples.of(
+            program,
+            context,
+            name=self.name,
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            task=self.task,
+            shuffle=False,
+        )
 
-        def batches() -> Iterator[Tensor]:
-            for inputs, _ in data.train(
-                self.batch_size, shuffle=False, seed=context.seed, limit=self.num_samples
-            ):
-                yield inputs
+        def batches() -> Iterator[tuple[Tensor, ...]]:
+            return iter(samples)
 
         amounts = self._amounts(program, batches, context.device)
         pruned, outcomes = prune_layers(
@@ -168,7 +174,7 @@ def _metrics(outcomes: tuple[LayerOutcome, ...]) -> dict[str, float]:
 
 
 def _output_change(
-    program: Program, pruned: Program, batches: Iterator[Tensor], device: str
+    program: Program, pruned: Program, batches: Iterator[tuple[Tensor, ...]], device: str
 ) -> dict[str, float]:
     """Return the root mean square change of the first output, per sample, and that output's own root mean square."""
     before, after = (p.clone().module.to(device) for p in (program, pruned))
@@ -176,10 +182,11 @@ def _output_change(
     count = 0
     with torch.no_grad():
         for inputs in batches:
-            old, new = (_first(module(inputs.to(device))) for module in (before, after))
+            there = [x.to(device) for x in inputs]
+            old, new = (_first(module(*there)) for module in (before, after))
             change += float((new - old).double().square().sum())
             energy += float(old.double().square().sum())
-            count += len(inputs)
+            count += len(inputs[0])
     return {
         "l-obs/output_change": (change / max(1, count)) ** 0.5,
         "l-obs/output": (energy / max(1, count)) ** 0.5,

@@ -33,7 +33,7 @@ from graphprune.errors import DataError, PassError, TargetError
 from graphprune.groups import DependencyGroups
 from graphprune.measured import Measurements, land
 from graphprune.outcome import Kept
-from graphprune.output_error import OutputError
+from graphprune.output_change import OutputChange
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -43,6 +43,7 @@ from graphprune.second_order.channels import Removal, refit, removal_order
 from graphprune.second_order.layers import Layer
 from graphprune.second_order.readers import UnitGroup, columns_of, unit_groups
 from graphprune.second_order.side_by_side import walk
+from graphprune.training.drawn_samples import DrawnSamples
 from graphprune.units import Units, find_units, parse_granularity
 
 __all__ = ["StructuredObs"]
@@ -79,6 +80,8 @@ class StructuredObs(Pass):
     """How many training samples to calibrate on; their labels are not looked at."""
     batch_size: int = 128
     """Samples in a batch."""
+    task: str = ""
+    """How samples are read, ``package.module:factory`` of a `graphprune.training.Task`; empty: (inputs, label)."""
     damping: float = 1e-4
     """Added to the diagonal of second moments, as a fraction of their mean diagonal."""
     probe_samples: int = 256
@@ -91,7 +94,7 @@ class StructuredObs(Pass):
         groups = context.need(DependencyGroups)
         if self.damping < 0:
             raise PassError(f"expected a damping of 0 or more, found {self.damping:g}")
-        samples = self._samples(context)
+        samples = self._samples(program, context)
         units = find_units(
             groups,
             np.ones(groups.num_channels),
@@ -123,23 +126,26 @@ class StructuredObs(Pass):
         return TrainingResult(
             program=surgeon.program,
             modified=True,
-            metrics={"obs_output_error": error, "obs_samples": float(sum(map(len, samples)))},
+            metrics={
+                "obs_output_error": error,
+                "obs_samples": float(sum(len(x) for x, *_ in samples)),
+            },
             facts=(groups, plan),
             kept=tuple(kept),
         )
 
-    def _samples(self, context: Context) -> list[Tensor]:
-        if context.data is None:
-            raise DataError(
-                f"method {self.name} expected training data (labels are not needed), found none; give data= or --data"
-            )
-        if self.num_samples < 1 or self.batch_size < 1 or self.patches < 0:
-            raise DataError(
-                f"{self.name} needs at least one sample, found num_samples={self.num_samples} "
-                f"batch_size={self.batch_size} patches={self.patches}"
-            )
-        loader = context.data.train(self.batch_size, seed=context.seed, limit=self.num_samples)
-        return [batch[0] for batch in loader]
+    def _samples(self, program: Program, context: Context) -> list[tuple[Tensor, ...]]:
+        if self.patches < 0:
+            raise DataError(f"{self.name} expected patches of 0 or more, found {self.patches}")
+        samples = DrawnSamples.of(
+            program,
+            context,
+            name=f"method {self.name}",
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            task=self.task,
+        )
+        return list(samples)
 
 
 def _left_alone(kept: Sequence[Kept]) -> str:
@@ -169,7 +175,7 @@ class _Surgeon:
         groups: DependencyGroups,
         units: Units,
         found: Sequence[UnitGroup],
-        samples: Sequence[Tensor],
+        samples: Sequence[tuple[Tensor, ...]],
     ) -> None:
         self.options = options
         self.program = program
@@ -248,13 +254,19 @@ class _Surgeon:
         with torch.no_grad():
             parameter.copy_(weight.view_as(parameter))
 
-    def _probe(self) -> OutputError | None:
+    def _probe(self) -> OutputChange | None:
         """Return what tells how far the outputs are from the dense program's."""
         count = self.options.probe_samples
         if not count:
             return None
-        inputs = torch.cat(list(self.samples))[:count].split(self.options.batch_size)
-        return OutputError(self.program.module, inputs, self.context.device)
+        taken: list[tuple[Tensor, ...]] = []
+        for inputs in self.samples:
+            if count <= 0:
+                break
+            part = inputs if self.program.fixed_batch else tuple(x[:count] for x in inputs)
+            taken.append(part)
+            count -= len(part[0])
+        return OutputChange(self.program.module, taken, self.context.device)
 
     # -- choice -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 from graphprune.errors import DataError
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
-from graphprune.training import load_task
+from graphprune.training.drawn_samples import DrawnSamples
 from graphprune.training.running_statistics import RunningStatistics
 from graphprune.training.samples import told_by_shape
 
@@ -44,23 +44,24 @@ class ReestimateBatchNorm(Pass):
         statistics = RunningStatistics(clone.module)
         if not statistics.has_batch_norms:
             return TrainingResult(program=program, modified=False, metrics={"batch_norms": 0.0})
-        if context.data is None:
-            raise DataError(f"{self.name} expected training data, found none; give data= or --data")
         if self.num_samples < 2 or self.batch_size < 2:
             raise DataError(
                 f"{self.name} needs at least 2 samples in a batch, found "
                 f"num_samples={self.num_samples} batch_size={self.batch_size}"
             )
-        reader = load_task(self.task)
-        loader = context.data.train(
-            self.batch_size, seed=context.seed, limit=self.num_samples, collate=reader.collate
+        drawn = DrawnSamples.of(
+            program,
+            context,
+            name=self.name,
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            task=self.task,
         )
         samples = 0
-        with context.progress.task("re-estimate batch norm", len(loader)) as task:
-            for batch in loader:
-                inputs, _ = reader.read(batch)
+        with context.progress.task("re-estimate batch norm", len(drawn)) as task:
+            for inputs in drawn:
                 # A last batch of one sample has no variance; the ones before it have been counted.
-                if (count := len(inputs[0])) > 1 or not samples:
+                if (count := len(inputs[0])) > 1 or program.fixed_batch or not samples:
                     with told_by_shape(program, inputs):
                         statistics.look(*(t.to(context.device) for t in inputs))
                     samples += count
