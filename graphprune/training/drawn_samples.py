@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,6 +18,20 @@ from graphprune.training.task import Task, load_task
 __all__ = ["DrawnSamples"]
 
 
+class _Draws(Protocol):
+    """A pass that draws samples, one by one unless it has an option ``batch_size``."""
+
+    name: ClassVar[str]
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples at most."""
+
+    @property
+    def task(self) -> str:
+        """How they are read, package.module:factory of a `graphprune.training.Task`; empty: (inputs, label)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DrawnSamples:
     """Batches of training samples; iterating gives their inputs, one tensor per graph input, again each time."""
@@ -29,37 +43,32 @@ class DrawnSamples:
     @classmethod
     def of(
         cls,
+        step: _Draws,
         program: Program,
         context: Context,
         *,
-        name: str,
-        batch_size: int,
-        num_samples: int,
-        task: str = "",
         shuffle: bool = True,
     ) -> DrawnSamples:
-        """Draw samples with the run's seed.
+        """Draw samples for a pass, with the run's seed.
 
         Args:
-            program: What they are for. Where its batch is fixed, batches are of that size, whatever `batch_size` says,
-                and samples that fill none are left out.
+            step: The pass: its name, for messages, and its options.
+            program: What they are for. Where its batch is fixed, batches are of that size, whatever the pass says, and
+                samples that fill none are left out.
             context: Has the data.
-            name: The pass, for messages.
-            batch_size: Samples in a batch; the last one may be smaller.
-            num_samples: How many to draw at most.
-            task: How samples are read, package.module:factory of a `graphprune.training.Task`; empty: (inputs, label).
             shuffle: Whether each iteration has an order of its own.
 
         Raises:
             DataError: There is no data, nothing is to be drawn, or it does not fill one batch of the program.
         """
+        batch_size: int = getattr(step, "batch_size", 1)
         if context.data is None:
-            raise DataError(f"{name} expected training data, found none; give data= or --data")
-        if num_samples < 1 or batch_size < 1:
+            raise DataError(f"{step.name} expected training data, found none; give data= or --data")
+        if step.num_samples < 1 or batch_size < 1:
             raise DataError(
-                f"{name} needs at least one sample, found num_samples={num_samples} batch_size={batch_size}"
+                f"{step.name} needs at least one sample, found num_samples={step.num_samples} batch_size={batch_size}"
             )
-        reader, fixed = load_task(task), program.fixed_batch
+        reader, fixed = load_task(step.task), program.fixed_batch
 
         def load(limit: int) -> DataLoader[Any]:
             assert context.data is not None
@@ -71,12 +80,12 @@ class DrawnSamples:
                 collate=reader.collate,
             )
 
-        loader = load(num_samples)
+        loader = load(step.num_samples)
         if fixed is not None:
             count = len(cast("Sized", loader.dataset))
             if not (whole := count - count % fixed):
                 raise DataError(
-                    f"{name}: {program.source} takes batches of {fixed} samples only, and there are {count} "
+                    f"{step.name}: {program.source} takes batches of {fixed} samples only, and there are {count} "
                     "to look at; give more, or capture the model with fewer samples as example inputs"
                 )
             loader = load(whole)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,16 @@ class Fours(nn.Module):
         return logits
 
 
+@dataclass(frozen=True)
+class Step:
+    """What of a pass says which samples it wants."""
+
+    name: ClassVar[str] = "step"
+    num_samples: int
+    batch_size: int = 8
+    task: str = ""
+
+
 def of_fours() -> Program:
     torch.manual_seed(0)
     return gp.capture(Fours().eval(), torch.zeros(4, 1, 8, 8), source="fours")
@@ -51,7 +64,7 @@ def noise(count: int) -> DataSource:
 
 def drawn(program: Program, num_samples: int) -> DrawnSamples:
     context = Context(facts={}, dense=program, data=noise(30))
-    return DrawnSamples.of(program, context, name="test", batch_size=8, num_samples=num_samples)
+    return DrawnSamples.of(Step(num_samples), program, context)
 
 
 def test_a_fixed_batch_is_filled() -> None:

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from graphprune.budget import Target, parse_target
 from graphprune.cost import Cost, Resource
 from graphprune.errors import DataError, TargetError, UsageError
@@ -113,7 +111,8 @@ class ChooseBlocks(Pass):
         if not _over(groups.cost.total(), limits):
             return ()
         module = program.clone().module  # it goes to the device
-        judge = OutputChange(module, self._samples(program, context), context.device)
+        samples = list(DrawnSamples.of(self, program, context))
+        judge = OutputChange(module, samples, context.device)
         now = _Trial(blocks=(), error=0.0, cost=groups.cost.total())
         with context.progress.task("choose-blocks: what the outputs miss least") as task:
             while over := _over(now.cost, limits):
@@ -146,17 +145,6 @@ class ChooseBlocks(Pass):
             f"{left.macs:,} MACs and {left.params:,} parameters; {limits.macs:,} and {limits.params:,} were asked for. "
             "Give a larger target, or let channels go as well: granularity channels,blocks"
         )
-
-    def _samples(self, program: Program, context: Context) -> list[tuple[Tensor, ...]]:
-        samples = DrawnSamples.of(
-            program,
-            context,
-            name=self.name,
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            task=self.task,
-        )
-        return list(samples)
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,7 @@ class MeanActivation(Pass):
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the mean absolute activations."""
         groups = context.need(DependencyGroups)
-        samples = DrawnSamples.of(
-            program,
-            context,
-            name=self.name,
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            task=self.task,
-        )
+        samples = DrawnSamples.of(self, program, context)
         recorder = _Recorder(program.clone().module.to(context.device), groups)
         with (
             torch.inference_mode(),

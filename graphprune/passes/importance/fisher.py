@@ -49,14 +49,7 @@ class Fisher(Pass):
                 f"{self.name} takes gradients of single samples, and {program.source} takes batches of "
                 f"{program.fixed_batch} only; capture it with one sample as example input, or use taylor"
             )
-        samples = DrawnSamples.of(
-            program,
-            context,
-            name=self.name,
-            batch_size=1,
-            num_samples=self.num_samples,
-            task=self.task,
-        )
+        samples = DrawnSamples.of(self, program, context)
         clone = program.clone()
         module = clone.module.to(context.device).requires_grad_(True)
         values = np.zeros(groups.num_channels)

@@ -44,14 +44,7 @@ class Taylor(Pass):
     def run(self, program: Program, context: Context) -> Scores:
         """Accumulate the gradient of the loss and return the scores."""
         groups = context.need(DependencyGroups)
-        samples = DrawnSamples.of(
-            program,
-            context,
-            name=self.name,
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            task=self.task,
-        )
+        samples = DrawnSamples.of(self, program, context)
         clone = program.clone()
         clone.module.to(context.device).requires_grad_(True)
         with torch.enable_grad(), context.progress.task("gradients", total=len(samples)) as shown:

@@ -49,14 +49,7 @@ class Wanda(Pass):
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the scores."""
         groups = context.need(DependencyGroups)
-        samples = DrawnSamples.of(
-            program,
-            context,
-            name=self.name,
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            task=self.task,
-        )
+        samples = DrawnSamples.of(self, program, context)
         tensors = dict(program.named_tensors())
         readers = {
             layer.node: layer

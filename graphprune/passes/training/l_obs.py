@@ -57,15 +57,7 @@ class LayerwiseObs(Pass):
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Return a clone with zeros."""
         self._check()
-        samples = DrawnSamples.of(
-            program,
-            context,
-            name=self.name,
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            task=self.task,
-            shuffle=False,
-        )
+        samples = DrawnSamples.of(self, program, context, shuffle=False)
 
         def batches() -> Iterator[tuple[Tensor, ...]]:
             return iter(samples)

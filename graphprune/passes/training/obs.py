@@ -29,7 +29,7 @@ from graphprune.budget import (
     unreachable,
 )
 from graphprune.cost import CostModel, Keep
-from graphprune.errors import DataError, PassError, TargetError
+from graphprune.errors import PassError, TargetError
 from graphprune.groups import DependencyGroups
 from graphprune.measured import Measurements, land
 from graphprune.outcome import Kept
@@ -94,7 +94,9 @@ class StructuredObs(Pass):
         groups = context.need(DependencyGroups)
         if self.damping < 0:
             raise PassError(f"expected a damping of 0 or more, found {self.damping:g}")
-        samples = self._samples(program, context)
+        if self.patches < 0:
+            raise PassError(f"expected patches of 0 or more, found {self.patches}")
+        samples = list(DrawnSamples.of(self, program, context))
         units = find_units(
             groups,
             np.ones(groups.num_channels),
@@ -133,19 +135,6 @@ class StructuredObs(Pass):
             facts=(groups, plan),
             kept=tuple(kept),
         )
-
-    def _samples(self, program: Program, context: Context) -> list[tuple[Tensor, ...]]:
-        if self.patches < 0:
-            raise DataError(f"{self.name} expected patches of 0 or more, found {self.patches}")
-        samples = DrawnSamples.of(
-            program,
-            context,
-            name=f"method {self.name}",
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            task=self.task,
-        )
-        return list(samples)
 
 
 def _left_alone(kept: Sequence[Kept]) -> str:

@@ -49,14 +49,7 @@ class ReestimateBatchNorm(Pass):
                 f"{self.name} needs at least 2 samples in a batch, found "
                 f"num_samples={self.num_samples} batch_size={self.batch_size}"
             )
-        drawn = DrawnSamples.of(
-            program,
-            context,
-            name=self.name,
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            task=self.task,
-        )
+        drawn = DrawnSamples.of(self, program, context)
         samples = 0
         with context.progress.task("re-estimate batch norm", len(drawn)) as task:
             for inputs in drawn:

@@ -332,7 +332,7 @@ def test_random_follows_the_seed(program: Program) -> None:
 
 @pytest.mark.parametrize("name", ["activation", "taylor"])
 def test_data_is_asked_for(name: str, program: Program) -> None:
-    with pytest.raises(DataError, match=f"method {name} expected .*training data, found none"):
+    with pytest.raises(DataError, match=f"{name} expected .*training data, found none"):
         score(name, program)
 
 

@@ -267,7 +267,7 @@ def test_wrong_options_are_refused(
 
 def test_data_is_needed(program: Program) -> None:
     with pytest.raises(
-        DataError, match=r"method obs expected training data .* give data= or --data"
+        DataError, match=r"obs expected training data, found none; give data= or --data"
     ):
         _run(program, "obs", None)
 
