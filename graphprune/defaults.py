@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graphprune import registry, textform
-from graphprune.budget import Target, parse_round_to, parse_target
+from graphprune.budget import parse_round_to
 from graphprune.errors import UsageError
 from graphprune.options import convert_options, option_types
+from graphprune.target import Target, parse_target
 from graphprune.units import parse_granularity
 
 __all__ = [

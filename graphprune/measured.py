@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from graphprune.budget import Target, choose
+from graphprune.budget import choose
 from graphprune.checkpoint import MEASURED, Checkpoint, absolute_sums
 from graphprune.cost import Cost, Keep, Products, Resource, element_term
 from graphprune.cut import cut_program
@@ -43,6 +43,7 @@ from graphprune.onnx_export import export_onnx
 from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.runtime import bench
+from graphprune.target import Target
 from graphprune.units import Units, find_units
 
 __all__ = [

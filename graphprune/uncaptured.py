@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose
 from graphprune.calling import Calling
 from graphprune.cut import cut_program
 from graphprune.errors import AnalysisError, CaptureError, TargetError
@@ -24,6 +24,7 @@ from graphprune.groups import analyze
 from graphprune.labels.whole import ALL_OPERATORS, OWN_OPERATORS
 from graphprune.lowering.copies import copy_structure
 from graphprune.program import Program, WholeModel
+from graphprune.target import parse_target
 from graphprune.verify import Differs, Masked
 from graphprune.verify_whole import Site, Stumble, compare_whole
 

@@ -11,36 +11,25 @@ Other surgeries (clean-up, folding) promise equal outputs; there only the output
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
-from torch.fx.node import map_arg
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from graphprune.check import Check
-from graphprune.cost import Keep
 from graphprune.errors import VerifyError
-from graphprune.groups import DependencyGroups
-from graphprune.labels.rules import find_rule
-from graphprune.labels.trace import Consumer, TensorInfo
+from graphprune.labels.trace import TensorInfo
 from graphprune.program import Program
+from graphprune.verify_masked import Masked, MaskMode, Promote, run_under
 
 __all__ = [
     "Differs",
-    "MaskMode",
     "Masked",
-    "Promote",
     "assert_exact",
     "relative",
     "restrict",
@@ -52,19 +41,6 @@ SAMPLES = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference, relative to the largest value of the tensor: sums in another order differ by rounding
 alone, which grows with depth; a wrong channel differs by the size of the values themselves."""
-
-
-@dataclass(frozen=True)
-class Masked:
-    """Reference of a channel removal: the program that came in, with removed channels zero at their consumers."""
-
-    groups: DependencyGroups
-    keep: Keep
-
-    @property
-    def atoms(self) -> NDArray[np.bool_]:
-        """Which atoms stay."""
-        return self.keep[self.groups.channel_of]
 
 
 def assert_exact(
@@ -180,10 +156,10 @@ def _compare(
         return compare_whole(before, after, inputs, reference, tolerance)
     mask = MaskMode(dtype, reference)
     names = {node.name for node in before.module.graph.nodes}
-    cut = _run(after.module, inputs, Promote(dtype))
+    cut = run_under(after.module, inputs, Promote(dtype))
     # A cut may write one node as two (a mean as a sum and a division); the last one keeps the name.
     counterparts = ((node, value) for node, value in cut if node.name in names)
-    runs = zip(_run(before.module, inputs, mask), counterparts, strict=True)
+    runs = zip(run_under(before.module, inputs, mask), counterparts, strict=True)
     worst = 0.0
     while True:
         try:
@@ -287,260 +263,3 @@ def _restrict_joint(value: Tensor, dims: tuple[int, ...], kept: NDArray[np.bool_
     packed = flat.reshape(*flat.shape[:-1], *sizes)
     order = [*others, *dims]
     return packed.permute([order.index(d) for d in range(value.dim())])
-
-
-def _run(
-    module: fx.GraphModule, inputs: tuple[Tensor, ...], mode: Promote
-) -> Iterator[tuple[fx.Node, Any]]:
-    """Run a graph under `mode`, yielding every node with its value; values are dropped after their last use."""
-    interpreter = fx.Interpreter(module)
-    feed = iter(inputs)
-    env: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        args = map_arg(node.args, env.__getitem__)
-        kwargs = map_arg(node.kwargs, env.__getitem__)
-        mode.enter(node.name)
-        with mode:
-            if node.op == "placeholder":
-                env[node] = next(feed, node.args[0] if node.args else None)
-            else:
-                env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-        # In-place operators write into their input, so both programs are compared right after each node.
-        yield node, env[node]
-        for used in interpreter.user_to_last_uses.get(node, ()):
-            env.pop(used, None)
-
-
-_UNDEFINED = frozenset(
-    """empty empty_like empty_strided empty_permuted new_empty new_empty_strided rand rand_like randn randn_like
-    bernoulli normal_ uniform_ bernoulli_""".split()
-)
-"""Operators whose values are those of no channel, and other ones at every run."""
-
-
-def _defined(func: Any, result: Any) -> Any:
-    """Return what an operator returned, filled with one number where its values mean nothing."""
-    name = func._schema.name.removeprefix("aten::")
-    if name in _UNDEFINED and isinstance(result, Tensor):
-        result.fill_(0.5 if result.is_floating_point() else 0)
-    return result
-
-
-def _in_any_precision(func: Any) -> Any:
-    """Return an operator, or one that does the same where its kernel lacks float64."""
-    return _grouped_mm if func._schema.name == "aten::_grouped_mm" else func
-
-
-def _grouped_mm(
-    x: Tensor, weights: Tensor, ends: Tensor | None = None, *rest: Any, **named: Any
-) -> Tensor:
-    ends = named.pop("offs", ends)
-    if x.dtype != torch.float64 or ends is None or (x.dim(), weights.dim()) != (2, 3):
-        return torch._grouped_mm(x, weights, ends, *rest, **named)
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    rows = x[: sum(sizes)].split(sizes)
-    found = torch.cat([one @ matrix for one, matrix in zip(rows, weights, strict=True)])
-    return F.pad(found, (0, 0, 0, len(x) - len(found)))
-
-
-class Promote(TorchDispatchMode):
-    """Keeps the whole computation at one precision: casts to a lower one become casts to this one."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.dtype = dtype
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        args, kwargs = self.promoted(args, kwargs or {})
-        return _defined(func, _in_any_precision(func)(*args, **kwargs))
-
-    def enter(self, node: str) -> None:
-        """Start a node."""
-
-    def taken_apart(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operator without a rule as the parts that PyTorch makes of it; NotImplemented for any other."""
-        if find_rule(func) is not None:
-            return NotImplemented
-        with self:
-            return func.decompose(*args, **kwargs)
-
-    def promoted(self, args: Any, kwargs: Any) -> Any:
-        """Replace lower floating types among the arguments."""
-        low = (torch.float16, torch.bfloat16, torch.float32)
-        return tree_map(
-            lambda v: self.dtype if isinstance(v, torch.dtype) and v in low else v, (args, kwargs)
-        )
-
-
-class MaskMode(Promote):
-    """Runs the original program with removed channels zero at their consumers.
-
-    Operators are told apart as `graphprune.labels.propagate` does: by node, name, and occurrence.
-    """
-
-    def __init__(self, dtype: torch.dtype, reference: Masked) -> None:
-        super().__init__(dtype)
-        self.atoms = reference.atoms
-        self.node = ""
-        self.seen: Counter[str] = Counter()
-        self.means = reference.groups.labels.means
-        self.consumers: dict[tuple[str, str, int], list[Consumer]] = {}
-        for one in reference.groups.labels.consumers:
-            if not self.atoms[one.field.atoms].all():
-                self.consumers.setdefault((one.node, one.operator, one.occurrence), []).append(one)
-
-    def enter(self, node: str) -> None:
-        """Start to count the operators of a node."""
-        self.node = node
-        self.seen.clear()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        args, kwargs = self.promoted(args, kwargs or {})
-        if (result := self.taken_apart(func, args, kwargs)) is not NotImplemented:
-            return result
-        name = func._schema.name
-        consumers = self.consumers_of(name)
-        if not consumers:
-            return _defined(func, _in_any_precision(func)(*args, **kwargs))
-        if name in _STATISTICS and not (name == "aten::mean" and self.node in self.means):
-            return _STATISTICS[name](args, kwargs, self._mask(consumers, args[0]))
-        slots = iter(range(1 << 30))
-
-        def masked(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            slot = next(slots)
-            here = [c for c in consumers if c.slot == slot]
-            return torch.where(self._mask(here, value), value, 0) if here else value
-
-        args, kwargs = tree_map(masked, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def consumers_of(self, name: str) -> list[Consumer] | None:
-        """Count an operator; return where the removed channels are among its arguments."""
-        occurrence = self.seen[name]
-        self.seen[name] += 1
-        return self.consumers.get((self.node, name, occurrence))
-
-    def _mask(self, consumers: Sequence[Consumer], value: Tensor) -> Tensor:
-        """Return what stays of `value`, which several labels may say."""
-        masks = [torch.from_numpy(self.atoms[c.field.over(value.dim())]) for c in consumers]
-        return functools.reduce(torch.logical_and, masks)
-
-
-def _get(
-    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any
-) -> Any:
-    return args[position] if position < len(args) else kwargs.get(name, default)
-
-
-def _layer_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
-    out: Tensor = _native_layer_norm(args, kwargs, mask)[0]
-    return out
-
-
-def _native_layer_norm(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, shape = args[0], args[1]
-    weight, bias = (_get(args, kwargs, i, n, None) for i, n in ((2, "weight"), (3, "bias")))
-    dims = list(range(x.dim() - len(shape), x.dim()))
-    inside = mask.expand(x.shape).to(x.dtype)
-    count = inside.sum(dims, keepdim=True)
-    mean = (x * inside).sum(dims, keepdim=True) / count
-    variance = ((x - mean).square() * inside).sum(dims, keepdim=True) / count
-    scale = torch.rsqrt(variance + _get(args, kwargs, 4, "eps", 1e-5))
-    out: Tensor = (x - mean) * scale
-    out = out if weight is None else out * weight
-    return (out if bias is None else out + bias), mean, scale
-
-
-def _rms_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
-    x, shape, weight = args[0], args[1], _get(args, kwargs, 2, "weight", None)
-    eps = _get(args, kwargs, 3, "eps", None)
-    dims = list(range(x.dim() - len(shape), x.dim()))
-    inside = mask.expand(x.shape).to(x.dtype)
-    square = (x.square() * inside).sum(dims, keepdim=True) / inside.sum(dims, keepdim=True)
-    out: Tensor = x * torch.rsqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
-    return out if weight is None else out * weight
-
-
-def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
-    x = args[0]
-    weight, bias = (_get(args, kwargs, i, n, None) for i, n in ((1, "weight"), (2, "bias")))
-    dims = [d for d in range(x.dim()) if d != 1]
-    inside = mask.expand(x.shape).to(x.dtype)
-    count = inside.sum(dims, keepdim=True).clamp(min=1)
-    mean = (x * inside).sum(dims, keepdim=True) / count
-    variance = ((x - mean).square() * inside).sum(dims, keepdim=True) / count
-    out: Tensor = (x - mean) * torch.rsqrt(variance + _get(args, kwargs, 7, "eps", 1e-5))
-    along = (1, -1, *[1] * (x.dim() - 2))
-    out = out if weight is None else out * weight.reshape(along)
-    return out if bias is None else out + bias.reshape(along)
-
-
-def _group_norm(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
-    weight, bias = (_get(args, kwargs, i, n, None) for i, n in ((2, "weight"), (3, "bias")))
-    eps = _get(args, kwargs, 4, "eps", 1e-5)
-    return _normalized_groups(args[0], weight, bias, args[1], eps, mask)[0]
-
-
-def _native_group_norm(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, _, _, _, groups, eps = args
-    return _normalized_groups(x, weight, bias, groups, eps, mask)
-
-
-def _normalized_groups(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a group norm whose statistics are over `mask`, and its means and scales, shape (samples, groups)."""
-    split = (x.shape[0], groups, -1, *x.shape[2:])
-    dims = list(range(2, x.dim() + 1))
-    inside = mask.expand(x.shape).to(x.dtype).reshape(split)
-    parts = x.reshape(split)
-    count = inside.sum(dims, keepdim=True)
-    mean = (parts * inside).sum(dims, keepdim=True) / count
-    variance = ((parts - mean).square() * inside).sum(dims, keepdim=True) / count
-    scale = torch.rsqrt(variance + eps)
-    out = ((parts - mean) * scale).reshape(x.shape)
-    along = (1, -1, *[1] * (x.dim() - 2))
-    out = out if weight is None else out * weight.reshape(along)
-    out = out if bias is None else out + bias.reshape(along)
-    return out, mean.reshape(split[:2]), scale.reshape(split[:2])
-
-
-def _mean(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
-    x = args[0]
-    dims = _get(args, kwargs, 1, "dim", None) or list(range(x.dim()))
-    keepdim = bool(_get(args, kwargs, 2, "keepdim", False))
-    inside = mask.expand(x.shape).to(x.dtype)
-    # Of a head that is gone nothing is left to count.
-    count = inside.sum(dims, keepdim=keepdim).clamp(min=1)
-    mean: Tensor = (x * inside).sum(dims, keepdim=keepdim) / count
-    return mean
-
-
-_STATISTICS = {
-    "aten::batch_norm": _batch_norm,
-    "aten::mean": _mean,
-    "aten::layer_norm": _layer_norm,
-    "aten::native_layer_norm": _native_layer_norm,
-    "aten::rms_norm": _rms_norm,
-    "aten::group_norm": _group_norm,
-    "aten::native_group_norm": _native_group_norm,
-}
-"""Operators that take statistics over channels, with the statistics over the kept channels alone."""

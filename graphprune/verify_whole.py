@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from graphprune.labels.trace import Consumer, ModuleCall, tensor_infos
 from graphprune.labels.whole import Stack, watched, without_fast_path
 from graphprune.program import Program, WholeModel
-from graphprune.verify import Differs, Masked, MaskMode, Promote, relative, restrict
+from graphprune.verify import Differs, relative, restrict
+from graphprune.verify_masked import Masked, MaskMode, Promote
 
 __all__ = ["Site", "Stumble", "compare_whole"]
 

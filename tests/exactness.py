@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import graphprune as gp
-from graphprune.budget import Choice, Target, choose
+from graphprune.budget import Choice, choose
 from graphprune.capture import _export_module
 from graphprune.cost import Keep
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.program import Program
+from graphprune.target import Target
 from graphprune.verify import Masked, verify_surgery
 
 __all__ = [

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.apply_to import apply_plan_to
-from graphprune.budget import Target, choose
+from graphprune.budget import choose
 from graphprune.cut import cut_program
 from graphprune.errors import ApplyError
 from graphprune.groups import analyze
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.target import Target
 from tests import models
 from tests.exactness import random_scores
 

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphprune as gp
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose
 from graphprune.cut import cut_program
 from graphprune.groups import analyze
 from graphprune.program import Program
+from graphprune.target import parse_target
 from tests import models
 from tests.exactness import random_scores
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from graphprune.budget import Target, choose, parse_target
+from graphprune.budget import choose
 from graphprune.groups import analyze
+from graphprune.target import Target, parse_target
 from tests.exactness import (
     assert_cut_is_exact,
     assert_identity,

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import graphprune as gp
-from graphprune.budget import Target, parse_target
 from graphprune.capture import _capture_exported, _export_module
 from graphprune.cost import Keep
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.program import Program
+from graphprune.target import Target, parse_target
 from tests.exactness import assert_cut_is_exact, assert_identity, choose_or_none, in_double
 from tests.patterns import PATTERNS, Net, Pattern
 from tests.strategies import randomize

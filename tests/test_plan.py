@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import graphprune as gp
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose
 from graphprune.cut import cut_program
 from graphprune.errors import PlanError
 from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.plan import Plan, fingerprint
 from graphprune.program import Origin, Program, Slices
 from graphprune.residual import named_blocks, without_blocks
+from graphprune.target import parse_target
 from tests import gate_networks
 from tests.exactness import random_scores
 from tests.models import tiny_dense, tiny_residual, tiny_transformer

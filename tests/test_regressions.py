@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.budget import parse_target
 from graphprune.groups import analyze
+from graphprune.target import parse_target
 from tests.exactness import assert_cut_is_exact, assert_identity, capture_as, choose_or_none
 from tests.strategies import Recipe, build
 

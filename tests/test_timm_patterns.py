@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose
 from graphprune.cost import Cost
 from graphprune.groups import analyze
+from graphprune.target import parse_target
 from tests.exactness import assert_cut_is_exact, capture_as, random_scores
 
 

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import registry
-from graphprune.budget import Target, choose
+from graphprune.budget import choose
 from graphprune.capture import capture
 from graphprune.cut import cut_program
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.pipeline import Context
 from graphprune.scores import Scores
+from graphprune.target import Target
 from graphprune.zoo.models import ZooModel
 from graphprune.zoo.peer import count_parameters, output_shapes, processor_time, torch_pruning
 

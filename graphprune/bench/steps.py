@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose
 from graphprune.cut import cut_program
 from graphprune.exported import flat_outputs
 from graphprune.gates.insertion import Gated, insert_gates
@@ -20,6 +20,7 @@ from graphprune.gates.training import GateHook
 from graphprune.groups import analyze
 from graphprune.program import Program
 from graphprune.scores import Scores
+from graphprune.target import parse_target
 from graphprune.training.batch_norm import TrainedBatchNorm
 from graphprune.training.compiled import MANY_STEPS, compiled
 from graphprune.training.distill import Teacher

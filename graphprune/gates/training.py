@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.budget import Choice, Target, choose
+from graphprune.budget import Choice, choose
 from graphprune.cost import Cost, Keep
 from graphprune.cut import cut_program
 from graphprune.gates.function import LIMIT, GateCost, Gates
 from graphprune.gates.insertion import Gated
 from graphprune.labels.trace import TensorInfo
 from graphprune.plan import Plan
+from graphprune.target import Target
 from graphprune.training import Hook, Moment, Smaller
 from graphprune.units import Granularity
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.budget import parse_target
 from graphprune.capture import capture
 from graphprune.check import Check
 from graphprune.cost import Cost
@@ -23,6 +22,7 @@ from graphprune.groups import DependencyGroups
 from graphprune.pipeline import Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.target import parse_target
 from graphprune.textform import format_pass
 from graphprune.verify_capture import verify_capture
 from graphprune.zoo.models import ZooModel

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.budget import Target, choose
+from graphprune.budget import choose
 from graphprune.cut import cut_program
 from graphprune.cut.attributes import _RULES, attributes_of
 from graphprune.errors import AnalysisError
 from graphprune.groups import Place, analyze
+from graphprune.target import Target
 from tests.blocks import Block
 from tests.exactness import assert_cut_is_exact, random_scores
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphprune.budget import Target, choose
+from graphprune.budget import choose
 from graphprune.cut import cut_program
 from graphprune.groups import analyze
+from graphprune.target import Target
 from tests.blocks import Block
 from tests.exactness import assert_cut_is_exact, assert_identity, capture_as, random_scores
 

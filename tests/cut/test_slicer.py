@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.budget import Target, choose
+from graphprune.budget import choose
 from graphprune.cut import cut_program
 from graphprune.cut.slicer import slice_tensor
 from graphprune.groups import analyze
 from graphprune.program import Program
+from graphprune.target import Target
 from tests.blocks import Block
 from tests.exactness import random_scores
 from tests.models import tiny_mobile

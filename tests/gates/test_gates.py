@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose
 from graphprune.cost import Cost, Keep, Products
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError
@@ -22,6 +22,7 @@ from graphprune.gates.training import Axes, Budget, GateHook
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.program import Program
 from graphprune.scores import Scores
+from graphprune.target import parse_target
 from graphprune.training.forms import training_form
 from graphprune.units import Granularity
 from tests import gate_networks

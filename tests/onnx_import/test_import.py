@@ -15,12 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.budget import parse_target
 from graphprune.errors import GraphpruneError, InputError, LoadError
 from graphprune.groups import analyze
 from graphprune.onnx_export import export_onnx
 from graphprune.program import Program
 from graphprune.runtime import open_session, parity
+from graphprune.target import parse_target
 from tests.exactness import assert_cut_is_exact, choose_or_none
 from tests.models import tiny_mobile, tiny_residual, tiny_transformer
 from tests.patterns import PATTERNS

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphprune.budget import parse_target
 from graphprune.capture import capture
 from graphprune.cut import cut_program
 from graphprune.errors import UsageError
@@ -19,6 +18,7 @@ from graphprune.groups import analyze
 from graphprune.pipeline import Pipeline
 from graphprune.program import Dialect, Program
 from graphprune.scores import Scores
+from graphprune.target import parse_target
 from graphprune.training import Hook, Recipe, Trainer
 from graphprune.training.distill import Teacher
 from graphprune.training.features import _shapes, attention_map, insert_taps, stages

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphprune.budget import Target, parse_target
 from graphprune.cost import Cost, Resource
 from graphprune.errors import DataError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
@@ -34,6 +33,7 @@ from graphprune.residual import (
     sharing_without,
     without_blocks,
 )
+from graphprune.target import Target, parse_target
 from graphprune.training.drawn_samples import DrawnSamples
 
 __all__ = ["ChooseBlocks"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from graphprune.budget import Choice, choose, parse_round_to, parse_target
+from graphprune.budget import Choice, choose, parse_round_to
 from graphprune.groups import DependencyGroups
 from graphprune.measured import Measurements, land
 from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.scores import Scores
+from graphprune.target import parse_target
 from graphprune.units import parse_granularity
 
 __all__ = ["ChooseChannels"]

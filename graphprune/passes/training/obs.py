@@ -20,14 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.budget import (
-    AUTO_STEPS,
-    Target,
-    limits_room,
-    parse_round_to,
-    parse_target,
-    unreachable,
-)
+from graphprune.budget import AUTO_STEPS, limits_room, parse_round_to, unreachable
 from graphprune.cost import CostModel, Keep
 from graphprune.errors import PassError, TargetError
 from graphprune.groups import DependencyGroups
@@ -43,6 +36,7 @@ from graphprune.second_order.channels import Removal, refit, removal_order
 from graphprune.second_order.layers import Layer
 from graphprune.second_order.readers import UnitGroup, columns_of, unit_groups
 from graphprune.second_order.side_by_side import walk
+from graphprune.target import Target, parse_target
 from graphprune.training.drawn_samples import DrawnSamples
 from graphprune.units import Units, find_units, parse_granularity
 

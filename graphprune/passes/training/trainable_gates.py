@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphprune.budget import Target, is_near, parse_round_to, parse_target
+from graphprune.budget import is_near, parse_round_to
 from graphprune.cost import Cost, Resource
 from graphprune.cut import cut_program
 from graphprune.errors import DataError, PassError, UsageError
@@ -24,6 +24,7 @@ from graphprune.passes.importance.magnitude import Magnitude
 from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.target import Target, parse_target
 from graphprune.training import Outcome, Recipe, Trainer, load_task, write_slices
 from graphprune.training.batches import Augment
 from graphprune.training.metrics import publish

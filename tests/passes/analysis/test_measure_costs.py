@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import measured
-from graphprune.budget import choose, parse_target
+from graphprune.budget import choose
 from graphprune.cost import Keep, Products
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError, UsageError
@@ -24,6 +24,7 @@ from graphprune.passes.analysis import MeasureCosts
 from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.runtime import Latency
+from graphprune.target import parse_target
 from tests import models
 from tests.exactness import random_scores
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.budget import Target, choose
+from graphprune.budget import choose
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.pipeline import Context, Pipeline, SurgeryResult
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.target import Target
 from graphprune.verify import assert_exact
 from tests.exactness import capture_as, random_scores
 from tests.strategies import randomize

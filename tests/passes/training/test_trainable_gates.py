@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.budget import parse_target
 from graphprune.capture import capture
 from graphprune.checkpoint import Checkpoint
 from graphprune.cost import Products
@@ -28,6 +27,7 @@ from graphprune.passes.training import FineTune, TrainableGates
 from graphprune.pipeline import Context, Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.target import parse_target
 from graphprune.training import slice_tensors
 from tests import gate_networks
 from tests.exactness import ERROR, capture_as
