@@ -389,7 +389,7 @@ def _flipped(removed: Flags, bundle: Atoms) -> Flags:
 
 
 def limits_room(cost: Cost, target: Target, dense: Cost) -> float:
-    """Return how far below the nearest limit a cost is, as a fraction of the dense program; negative above it."""
+    """Return how far below the nearest limit a cost is, as a fraction of `dense`; negative above it."""
     limits = target.limits(dense)
     rooms = [
         (getattr(limits, name) - getattr(cost, name)) / max(1e-12, getattr(dense, name))

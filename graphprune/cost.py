@@ -208,7 +208,7 @@ class CostModel:
 
     def origin_of(self, program: Program) -> Origin:
         """Return what the program, which costs this, was before anything of it went."""
-        return program.origin or Origin(params=self.params, macs=self.macs)
+        return program.origin or Origin.of(program, params=self.params, macs=self.macs)
 
     def before(self, program: Program) -> Cost:
         """Return what the program, which costs this, cost before anything of it went."""

@@ -43,7 +43,7 @@ class CompileResult:
     dense: Program
     """The program that went in."""
     plan: Plan | None
-    """What was removed; None if the pipeline made no plan."""
+    """What was removed; None if nothing was chosen and nothing went, or the report says why none can tell it."""
     report: Report
     """What was found, done, proved and measured."""
     pipeline: PipelineResult = field(repr=False)
@@ -61,10 +61,12 @@ class CompileResult:
 
         Raises:
             ApplyError: The class of the model cannot hold the cut; the message says why.
-            PlanError: The pipeline made no plan.
+            PlanError: There is no plan; the message says why.
         """
         if self.plan is None:
-            raise PlanError("expected a result with a plan, but its pipeline made none")
+            whys = [kept.why for kept in self.report.kept if kept.what == "plan.json"]
+            why = whys[-1] if whys else "its pipeline made none"
+            raise PlanError(f"expected a result with a plan, but {why}")
         from graphprune.apply_to import apply_plan_to
 
         return apply_plan_to(model, self.dense, self.program, self.plan)
@@ -112,11 +114,13 @@ class Job:
         )
         accuracy_after = self.accuracy(result.program)
         groups = analyze(dense)
-        plan, kept = _plan(dense, groups, result)
+        last = result.facts.get(Plan)
+        assert last is None or isinstance(last, Plan)
+        plan, kept = _plan(dense, groups, result, last)
         report = Report(
             model=dense.source,
-            method=plan.method or None if plan else None,
-            target=plan.target or None if plan else None,
+            method=last.method or None if last else None,
+            target=last.target or None if last else None,
             seed=self.seed,
             environment=environment(self.device),
             before=_figures(groups, result.measurements.get("before", {}), accuracy_before),
@@ -235,11 +239,9 @@ def _whole(dense: Program, measurements: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _plan(
-    dense: Program, groups: DependencyGroups, result: PipelineResult
+    dense: Program, groups: DependencyGroups, result: PipelineResult, last: Plan | None
 ) -> tuple[Plan | None, tuple[Kept, ...]]:
     """Return the plan of all that a pipeline removed, if it can be told, and what the report says was kept."""
-    last = result.facts.get(Plan)
-    assert last is None or isinstance(last, Plan)
     if result.program.origin is None:
         return last, result.kept
     try:

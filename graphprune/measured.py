@@ -97,7 +97,7 @@ def size_products(program: Program, groups: DependencyGroups, num_bytes: int) ->
     """Return the bytes of a program's file: those of its tensors, and a rest that no cut changes.
 
     Args:
-        program: The dense program.
+        program: The program that is to be cut.
         groups: Its analysis.
         num_bytes: Size of its file.
     """
@@ -329,8 +329,8 @@ def land(
 ) -> C:
     """Return a choice that meets its limits on size and latency when it is exported and timed.
 
-    Each choice is cut, exported and timed beside the dense program; what the model of a resource was wrong by corrects
-    it, and the next choice is made with the corrected one, until what is measured is at the limit or just below, or
+    Each choice is cut, exported and timed beside the program; what the model of a resource was wrong by corrects it,
+    and the next choice is made with the corrected one, until what is measured is at the limit or just below, or
     nothing changes any more.
 
     Args:
@@ -429,7 +429,7 @@ def _not_reached(target: Target, dense: Cost, seen: Sequence[Mapping[Resource, _
             listed = ", ".join(f"{share:.3f}" for share in found)
             lines.append(
                 f"target {resource}={getattr(target, resource):g} was not reached: cuts were measured at {listed} of "
-                f"the dense program's {units[resource]}. {reasons[resource]}; give a target of at least "
+                f"the {units[resource]} of the model that came in. {reasons[resource]}; give a target of at least "
                 f"{resource}={math.ceil(100 * min(found)) / 100:.2f}, or macs="
             )
     return (

@@ -24,7 +24,7 @@ from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.outcome import Removed
 from graphprune.pipeline import Facts
 from graphprune.program import Program, Slices
-from graphprune.residual import named_blocks, without_blocks
+from graphprune.residual import ResidualBlock, find_residual_blocks, without_blocks
 
 __all__ = ["Plan", "fingerprint"]
 
@@ -110,13 +110,25 @@ class Plan(Facts):
             heads: How many attention heads went.
 
         Raises:
-            PlanError: More is left of a tensor than the couplings of `dense` leave.
+            PlanError: No plan can tell it: something else than the compiler has cut, or what is left is not what the
+                couplings of `dense` leave.
         """
-        origin = groups.cost.origin_of(smaller)
+        origin = groups.cost.origin_of(smaller).checked(smaller)
+        blocks: list[ResidualBlock] = []
         if origin.blocks:
-            blocks = named_blocks(dense, groups, origin.blocks)
+            by_sum = {block.sum: block for block in find_residual_blocks(dense, groups)}
+            for name, total in zip(origin.blocks, origin.sums, strict=True):
+                if total not in by_sum:
+                    raise PlanError(f"{name} is a residual block only once something else has gone")
+                blocks.append(by_sum[total])
             dense = without_blocks(dense, groups, blocks)
             groups = analyze(dense)
+        shapes = {name: tuple(tensor.shape) for name, tensor in dense.named_tensors()}
+        before = (name for name, shape in shapes.items() if origin.shapes.get(name, shape) != shape)
+        if stranger := origin.stranger or next(before, ""):
+            raise PlanError(
+                f"a surgery of somebody else's has cut {stranger}, and left no note of it"
+            )
         left = {
             place: origin.slices[place.name][place.dim]
             for place in groups.places
@@ -132,7 +144,7 @@ class Plan(Facts):
                     f"more of {place} is left than the couplings of {dense.source} leave"
                 )
         how = {} if last is None else {n: getattr(last, n) for n in ("method", "target", "seed")}
-        return dataclasses.replace(plan, blocks=origin.blocks, **how)
+        return dataclasses.replace(plan, blocks=tuple(block.name for block in blocks), **how)
 
     def keep(self, program: Program, groups: DependencyGroups) -> Keep:
         """Return which coupled channels of `program` the plan keeps.

@@ -67,10 +67,51 @@ class Origin:
     """Parameters that it had; targets are fractions of this, and of the MACs."""
     macs: int
     """Multiply-accumulates that it did for one sample."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of its parameters and buffers."""
     blocks: tuple[str, ...] = ()
     """Residual blocks that have gone since, in the order in which they went."""
+    sums: tuple[str, ...] = ()
+    """The node of each block's sum: unlike a block's name, a cut does not change it."""
     slices: Slices = field(default_factory=dict)
     """What is left of its tensors."""
+    stranger: str = ""
+    """A tensor of a size that `slices` do not explain: somebody else has cut it. Empty: none."""
+
+    @classmethod
+    def of(cls, program: Program, *, params: int, macs: int) -> Origin:
+        """Return the origin of a program of which nothing has gone."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in program.named_tensors()}
+        return cls(params=params, macs=macs, shapes=shapes)
+
+    def checked(self, program: Program) -> Origin:
+        """Return this with a note of the first tensor of `program` that has not the size that it should have."""
+        for name, tensor in program.named_tensors():
+            if not self.stranger and name in self.shapes:
+                dims = self.slices.get(name, {})
+                size = tuple(len(dims.get(d, range(n))) for d, n in enumerate(self.shapes[name]))
+                if size != tuple(tensor.shape):
+                    return dataclasses.replace(self, stranger=name)
+        return self
+
+    def cut(self, slices: Slices) -> Origin:
+        """Return this after one more cut, in indices of what was left."""
+        return dataclasses.replace(self, slices=compose(self.slices, slices))
+
+    def without(self, blocks: Mapping[str, str], renamed: Mapping[str, str]) -> Origin:
+        """Return this after residual blocks have gone.
+
+        Args:
+            blocks: Name -> the node of its sum.
+            renamed: Tensors that are known by another name now: tied ones, whose first holder has gone.
+        """
+        return dataclasses.replace(
+            self,
+            blocks=(*self.blocks, *blocks),
+            sums=(*self.sums, *blocks.values()),
+            shapes={renamed.get(name, name): shape for name, shape in self.shapes.items()},
+            slices={renamed.get(name, name): dims for name, dims in self.slices.items()},
+        )
 
 
 def compose(first: Slices, second: Slices) -> Slices:
@@ -80,7 +121,9 @@ def compose(first: Slices, second: Slices) -> Slices:
         mine = both.setdefault(name, {})
         for dim, kept in dims.items():
             before = mine.get(dim)
-            mine[dim] = kept if before is None else tuple(before[i] for i in kept)
+            mine[dim] = (
+                kept if before is None else tuple(before[i] for i in kept if i < len(before))
+            )
     return both
 
 
@@ -122,8 +165,9 @@ class Program:
 
     @property
     def fixed_batch(self) -> int | None:
-        """The only number of samples that the program takes; None where it takes any."""
-        return None if self.dynamic_batch else int(self.example_inputs[0].shape[0])
+        """The only number of samples that it takes; None where it takes any, or nobody knows: it runs whole."""
+        is_known = not self.dynamic_batch and self.dialect != "module"
+        return int(self.example_inputs[0].shape[0]) if is_known else None
 
     @property
     def lost_blocks(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import copy
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,6 +177,7 @@ def without_blocks(
         step: What the new program's history says.
     """
     module = copy.deepcopy(program.module)
+    names = {id(tensor): name for name, tensor in _named_tensors(module)}
     before = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
     _bypass(module.graph, module, blocks)
     used = _tensor_users(module)
@@ -186,9 +187,15 @@ def without_blocks(
             delattr(holder, attribute)
     module.delete_all_unused_submodules()
     module.recompile()
-    origin = groups.cost.origin_of(program)
-    names = (*program.lost_blocks, *(block.name for block in blocks))
-    return program.evolve(module, step=step, origin=replace(origin, blocks=names))
+    renamed = {names[id(tensor)]: name for name, tensor in _named_tensors(module)}
+    origin = groups.cost.origin_of(program).checked(program)
+    gone = {block.name: block.sum for block in blocks}
+    return program.evolve(module, step=step, origin=origin.without(gone, renamed))
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def with_silent_blocks(program: Program, blocks: Sequence[ResidualBlock]) -> Program:

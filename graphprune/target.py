@@ -29,7 +29,7 @@ class Target:
     """Limits that must all hold; or, alone, the fraction of every group's channels to remove."""
 
     macs: float | None = None
-    """Most MACs for one sample; this and what follows: a fraction of the dense program up to 1, an amount above."""
+    """Most MACs for one sample; this and the next: a fraction of the model that came in up to 1, an amount above."""
     params: float | None = None
     """Most parameters."""
     size: float | None = None
@@ -37,7 +37,7 @@ class Target:
     latency: float | None = None
     """Most milliseconds for one sample in ONNX Runtime; needs measured costs."""
     ratio: float | None = None
-    """Fraction of each group's channels to remove."""
+    """Fraction of each group's channels to remove, of those that the program that is cut has."""
     is_amount: frozenset[Resource] = frozenset()
     """Limits of at most 1 that are amounts all the same: ``latency=0.8ms``."""
     base: Cost | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from graphprune.cut.literals import LiteralChange, rewrite_literals
 from graphprune.cut.shapes import Shapes
 from graphprune.groups import DependencyGroups
 from graphprune.lowering.copies import copy_structure
-from graphprune.program import Program, WholeModel, compose
+from graphprune.program import Program, WholeModel
 
 __all__ = ["Cut", "cut_program", "slice_tensor"]
 
@@ -70,8 +70,7 @@ def cut_program(
     shapes = Shapes(groups.labels, keep[groups.channel_of] if groups.num_channels else keep)
     attributes = update_attributes(graph, modules, shapes, groups.labels.calls)
     literals = rewrite_literals(graph, shapes)
-    origin = groups.cost.origin_of(program)
-    origin = replace(origin, slices=compose(origin.slices, groups.slices(keep)))
+    origin = groups.cost.origin_of(program).checked(program).cut(groups.slices(keep))
     kind = WholeModel if program.dialect == "module" else fx.GraphModule
     module = kind(modules, graph, class_name=type(program.module).__name__).eval()
     return Cut(

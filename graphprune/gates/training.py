@@ -54,7 +54,7 @@ FIRST, SECOND = 0.9, 0.99
 
 
 class Budget(nn.Module):
-    """What is used of each resource that a target limits, as fractions of the dense program."""
+    """What is used of each resource that a target limits, as fractions of the program that is trained."""
 
     limits: Tensor
     """Shape (number of limits,)."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from graphprune.errors import DataError
+from graphprune.errors import DataError, GraphpruneError
 from graphprune.pipeline import Context
 from graphprune.program import Program
-from graphprune.training.samples import must_have_ranks
+from graphprune.training.samples import must_have_ranks, told_by_shape
 from graphprune.training.task import Task, load_task
 
 __all__ = ["DrawnSamples"]
@@ -38,6 +39,8 @@ class DrawnSamples:
 
     program: Program
     task: Task
+    has_task: bool
+    """Whether the user gave it; else the inputs come first in a sample, whatever follows them."""
     loader: DataLoader[Any]
 
     @classmethod
@@ -61,18 +64,15 @@ class DrawnSamples:
         Raises:
             DataError: There is no data, nothing is to be drawn, or it does not fill one batch of the program.
         """
+        cls.check(step, context)
         batch_size: int = getattr(step, "batch_size", 1)
-        if context.data is None:
-            raise DataError(f"{step.name} expected training data, found none; give data= or --data")
-        if step.num_samples < 1 or batch_size < 1:
-            raise DataError(
-                f"{step.name} needs at least one sample, found num_samples={step.num_samples} batch_size={batch_size}"
-            )
         reader, fixed = load_task(step.task), program.fixed_batch
 
+        data = context.data
+        assert data is not None
+
         def load(limit: int) -> DataLoader[Any]:
-            assert context.data is not None
-            return context.data.train(
+            return data.train(
                 fixed or batch_size,
                 shuffle=shuffle,
                 seed=context.seed,
@@ -80,7 +80,12 @@ class DrawnSamples:
                 collate=reader.collate,
             )
 
-        loader = load(step.num_samples)
+        try:
+            loader = load(step.num_samples)
+        except ValueError as error:  # of torch, where there is nothing to draw from
+            raise DataError(
+                f"{step.name}: cannot draw from the training set of {data.name!r}: {error}"
+            ) from error
         if fixed is not None:
             count = len(cast("Sized", loader.dataset))
             if not (whole := count - count % fixed):
@@ -89,7 +94,24 @@ class DrawnSamples:
                     "to look at; give more, or capture the model with fewer samples as example inputs"
                 )
             loader = load(whole)
-        return cls(program=program, task=reader, loader=loader)
+        return cls(program=program, task=reader, has_task=bool(step.task), loader=loader)
+
+    @staticmethod
+    def check(step: _Draws, context: Context) -> None:
+        """Look at what a pass wants to draw, before the first pass runs.
+
+        Raises:
+            DataError: There is no data, or nothing is to be drawn.
+            UsageError: There is no such task.
+        """
+        batch_size: int = getattr(step, "batch_size", 1)
+        if context.data is None:
+            raise DataError(f"{step.name} expected training data, found none; give data= or --data")
+        if step.num_samples < 1 or batch_size < 1:
+            raise DataError(
+                f"{step.name} needs at least one sample, found num_samples={step.num_samples} batch_size={batch_size}"
+            )
+        load_task(step.task)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -102,9 +124,29 @@ class DrawnSamples:
             DataError: The program takes more of them, or fewer, or of another rank.
         """
         for batch in self.batches():
-            inputs, _ = self.task.read(batch)
+            inputs = self._inputs(batch)
             must_have_ranks(self.program, inputs)
             yield inputs
+
+    @contextmanager
+    def told_by_shape(self) -> Iterator[None]:
+        """Say of what fails inside that the samples have other shapes than the program's, where they have.
+
+        Raises:
+            DataError: The program failed on samples of other shapes.
+        """
+        try:
+            yield
+        except GraphpruneError:
+            raise
+        except RuntimeError:
+            with told_by_shape(self.program, next(iter(self))):
+                raise
+
+    def _inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        if self.has_task or not isinstance(batch, (tuple, list)) or len(batch) == 2:
+            return self.task.read(batch)[0]
+        return (batch[0],)  # samples without a label, or with more than one
 
     def batches(self) -> Iterator[Any]:
         """Yield the batches as the data gives them, targets included."""

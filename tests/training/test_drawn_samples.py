@@ -150,3 +150,64 @@ def test_a_task_is_handed_to_the_method() -> None:
 def _run(text: str, program: Program, task: str) -> PipelineResult:
     data = load_data(f"{WORDS}:{task}", is_classification=False)
     return Pipeline.parse(f"dependency-groups,{text}").run(program, data=data)
+
+
+def test_samples_without_a_label_or_with_more_than_one() -> None:
+    program = gp.capture(nn.Linear(8, 2), torch.zeros(1, 8))
+    x = torch.randn(6, 8)
+    for fields in ((x,), (x, x[:, 0], x[:, 1])):
+        split = dict.fromkeys(("train", "test"), TensorDataset(*fields)).__getitem__
+        data = DataSource(name="n", input_shape=(8,), num_classes=0, split=split)
+        drawn_ones = DrawnSamples.of(
+            Step(6), program, Context(facts={}, dense=program, data=data), shuffle=False
+        )
+        ((inputs,),) = drawn_ones
+        assert torch.equal(inputs, x)
+
+
+def test_mistakes_are_told_before_the_first_pass() -> None:
+    program = of_fours()
+    for text, message in (
+        ("wanda{num_samples=0}", "wanda needs at least one sample, found num_samples=0"),
+        ('obs{task="nope"}', "expected package.module:factory, found 'nope'"),
+    ):
+        with pytest.raises((DataError, UsageError), match=message):
+            Pipeline.parse(f"fine-tune{{batch_size=4}},dependency-groups,{text}").run(
+                program, data=noise(30)
+            )
+    empty = DataSource(
+        name="empty",
+        input_shape=(1, 8, 8),
+        num_classes=3,
+        split=lambda _: TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0)),
+    )
+    with pytest.raises(DataError, match="wanda: cannot draw from the training set of 'empty'"):
+        Pipeline.parse("dependency-groups,wanda").run(program, data=empty)
+
+
+@pytest.mark.parametrize(
+    "text", ["wanda", "activation", 'obs{target="macs=0.7"}', "l-obs{keep=0.5}"]
+)
+def test_samples_of_another_size_are_told(text: str) -> None:
+    torch.manual_seed(0)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(49, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    program = gp.capture(flat, torch.zeros(1, 1, 7, 7))
+    with pytest.raises(DataError, match="takes samples of shape 1x7x7, the data gives 1x8x8"):
+        Pipeline.parse(f"dependency-groups,{text}").run(program, data=noise(30))
+
+
+def test_statistics_stay_where_samples_come_one_by_one() -> None:
+    class Ones(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(64, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.layer(x.view(1, 64)))
+            return y
+
+    program = gp.capture(Ones().eval(), torch.zeros(1, 1, 8, 8))
+    assert program.fixed_batch == 1
+    result = Pipeline.parse("reestimate-batch-norm").run(program, data=noise(30))
+    assert [kept.what for kept in result.kept] == ["statistics of batch norms"]
+    assert not result.records[0].modified

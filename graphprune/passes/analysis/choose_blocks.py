@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphprune.cost import Cost, Resource
-from graphprune.errors import DataError, TargetError, UsageError
+from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.output_change import OutputChange
 from graphprune.pipeline import Context, Facts, Pass
@@ -76,15 +76,9 @@ class ChooseBlocks(Pass):
     def check(self, context: Context) -> None:
         """Look at the options and the data."""
         self._target()
-        if not 0 < self.share <= 1 or self.num_samples < 1 or self.batch_size < 1:
-            raise UsageError(
-                f"{self.name} expected share above 0 up to 1 and at least one sample, found share={self.share:g} "
-                f"num_samples={self.num_samples} batch_size={self.batch_size}"
-            )
-        if context.data is None:
-            raise DataError(
-                f"{self.name} expected training data (labels are not needed), found none; give data= or --data"
-            )
+        if not 0 < self.share <= 1:
+            raise UsageError(f"{self.name} expected share above 0 up to 1, found {self.share:g}")
+        DrawnSamples.check(self, context)
 
     def _target(self) -> Target:
         target = parse_target(self.target)

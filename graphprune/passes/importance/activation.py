@@ -17,7 +17,6 @@ from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, divisors
 from graphprune.training.drawn_samples import DrawnSamples
-from graphprune.training.samples import told_by_shape
 
 __all__ = ["MeanActivation"]
 
@@ -43,6 +42,10 @@ class MeanActivation(Pass):
     relative: bool = True
     """Count shares in layers that everything goes through; false: sums everywhere."""
 
+    def check(self, context: Context) -> None:
+        """Look at the data and the task."""
+        DrawnSamples.check(self, context)
+
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the mean absolute activations."""
         groups = context.need(DependencyGroups)
@@ -50,11 +53,11 @@ class MeanActivation(Pass):
         recorder = _Recorder(program.clone().module.to(context.device), groups)
         with (
             torch.inference_mode(),
+            samples.told_by_shape(),
             context.progress.task("activations", total=len(samples)) as task,
         ):
             for inputs in samples:
-                with told_by_shape(program, inputs):
-                    recorder.run(*(x.to(context.device) for x in inputs))
+                recorder.run(*(x.to(context.device) for x in inputs))
                 task.advance()
         read = recorder.by_reader()
         totals = {n: float(sum(part.sum() for _, part in parts)) for n, parts in read.items()}

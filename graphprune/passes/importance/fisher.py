@@ -41,6 +41,10 @@ class Fisher(Pass):
     task: str = ""
     """What the loss is, ``package.module:factory`` of a `graphprune.training.Task`; empty: cross-entropy."""
 
+    def check(self, context: Context) -> None:
+        """Look at the data and the task."""
+        DrawnSamples.check(self, context)
+
     def run(self, program: Program, context: Context) -> Scores:
         """Square and average the gradients and return the scores."""
         groups = context.need(DependencyGroups)

@@ -46,6 +46,10 @@ class Wanda(Pass):
     relative: bool = True
     """Count shares in layers that everything goes through; false: sums everywhere."""
 
+    def check(self, context: Context) -> None:
+        """Look at the data and the task."""
+        DrawnSamples.check(self, context)
+
     def run(self, program: Program, context: Context) -> Scores:
         """Run the data through the program and return the scores."""
         groups = context.need(DependencyGroups)
@@ -63,7 +67,10 @@ class Wanda(Pass):
                     yield inputs
                     task.advance()
 
-            moments = collect(program, batches(), list(readers), device=context.device, bias=False)
+            with samples.told_by_shape():
+                moments = collect(
+                    program, batches(), list(readers), device=context.device, bias=False
+                )
         parts: dict[str, NDArray[np.float64]] = {}
         for node, layer in readers.items():
             weight = tensors[layer.weight].detach().abs().double()

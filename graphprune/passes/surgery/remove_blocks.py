@@ -37,7 +37,8 @@ class RemoveBlocks(Pass):
     def run(self, program: Program, context: Context) -> SurgeryResult:
         """Return the program without them."""
         groups = context.need(DependencyGroups)
-        names = self.names or context.need(Plan).blocks
+        # A plan names those that have gone before as well.
+        names = self.names or context.need(Plan).blocks[len(program.lost_blocks) :]
         blocks = named_blocks(program, groups, names)
         if not blocks:
             known = find_residual_blocks(program, groups)

@@ -54,27 +54,32 @@ class LayerwiseObs(Pass):
     task: str = ""
     """How samples are read, ``package.module:factory`` of a `graphprune.training.Task`; empty: (inputs, label)."""
 
+    def check(self, context: Context) -> None:
+        """Look at the options, the data and the task."""
+        self._check_options()
+        DrawnSamples.check(self, context)
+
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Return a clone with zeros."""
-        self._check()
         samples = DrawnSamples.of(self, program, context, shuffle=False)
 
         def batches() -> Iterator[tuple[Tensor, ...]]:
             return iter(samples)
 
-        amounts = self._amounts(program, batches, context.device)
-        pruned, outcomes = prune_layers(
-            program,
-            batches,
-            amounts,
-            update=self.update,
-            inputs=self.inputs,
-            damping=self.damping,
-            device=context.device,
-            progress=context.progress,
-        )
-        metrics = _metrics(outcomes)
-        metrics |= _output_change(program, pruned, batches(), context.device)
+        with samples.told_by_shape():
+            amounts = self._amounts(program, batches, context.device)
+            pruned, outcomes = prune_layers(
+                program,
+                batches,
+                amounts,
+                update=self.update,
+                inputs=self.inputs,
+                damping=self.damping,
+                device=context.device,
+                progress=context.progress,
+            )
+            metrics = _metrics(outcomes)
+            metrics |= _output_change(program, pruned, batches(), context.device)
         bound = bound_of(program, pruned, outcomes)
         if bound is not None:
             metrics["l-obs/bound"] = bound
@@ -84,7 +89,7 @@ class LayerwiseObs(Pass):
             program=pruned if modified else program, modified=modified, metrics=metrics
         )
 
-    def _check(self) -> None:
+    def _check_options(self) -> None:
         if (self.keep is None) == (self.tolerance is None):
             raise UsageError(
                 f"{self.name} expected either keep= or tolerance=, found keep={self.keep} "

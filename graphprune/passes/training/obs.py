@@ -83,6 +83,10 @@ class StructuredObs(Pass):
     patches: int = 0
     """At most so many patches of a batch count in the refit of a convolution; 0: all."""
 
+    def check(self, context: Context) -> None:
+        """Look at the data and the task."""
+        DrawnSamples.check(self, context)
+
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Choose, make up for what goes, and return the program with the plan that removes it."""
         groups = context.need(DependencyGroups)
@@ -90,7 +94,8 @@ class StructuredObs(Pass):
             raise PassError(f"expected a damping of 0 or more, found {self.damping:g}")
         if self.patches < 0:
             raise PassError(f"expected patches of 0 or more, found {self.patches}")
-        samples = list(DrawnSamples.of(self, program, context))
+        drawn = DrawnSamples.of(self, program, context)
+        samples = list(drawn)
         units = find_units(
             groups,
             np.ones(groups.num_channels),
@@ -102,13 +107,14 @@ class StructuredObs(Pass):
                 f"{self.name} found no channel that only linear and convolution layers read"
                 + (f"; {kept[0].what}: {kept[0].why}" if kept else "")
             )
-        surgeon = _Surgeon(self, program.clone(), context, groups, units, found, samples)
-        removals = surgeon.order()
-        try:
-            levels = surgeon.choose(removals)
-        except TargetError as out_of_reach:
-            raise TargetError(f"{out_of_reach}{_left_alone(kept)}") from out_of_reach
-        error = surgeon.carry_out(removals, levels)
+        with drawn.told_by_shape():
+            surgeon = _Surgeon(self, program.clone(), context, groups, units, found, samples)
+            removals = surgeon.order()
+            try:
+                levels = surgeon.choose(removals)
+            except TargetError as out_of_reach:
+                raise TargetError(f"{out_of_reach}{_left_alone(kept)}") from out_of_reach
+            error = surgeon.carry_out(removals, levels)
         keep = surgeon.keep(removals, levels)
         plan = Plan.of(
             program,

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from graphprune.errors import DataError
+from graphprune.outcome import Kept
 from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
 from graphprune.training.drawn_samples import DrawnSamples
@@ -49,12 +50,16 @@ class ReestimateBatchNorm(Pass):
                 f"{self.name} needs at least 2 samples in a batch, found "
                 f"num_samples={self.num_samples} batch_size={self.batch_size}"
             )
+        if program.fixed_batch == 1:
+            why = f"stay as they are: {program.source} takes one sample at a time, which says nothing of their spread"
+            kept = (Kept("statistics of batch norms", why),)
+            return TrainingResult(program=program, modified=False, kept=kept)
         drawn = DrawnSamples.of(self, program, context)
         samples = 0
         with context.progress.task("re-estimate batch norm", len(drawn)) as task:
             for inputs in drawn:
                 # A last batch of one sample has no variance; the ones before it have been counted.
-                if (count := len(inputs[0])) > 1 or program.fixed_batch or not samples:
+                if (count := len(inputs[0])) > 1 or not samples:
                     with told_by_shape(program, inputs):
                         statistics.look(*(t.to(context.device) for t in inputs))
                     samples += count

@@ -104,8 +104,8 @@ def test_a_size_that_no_cut_reaches_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(measured.Cuts, "num_bytes", num_bytes)
     message = (
-        r"target size=0.5 was not reached: cuts were measured at 0.900.* of the dense program's [\d,]+ bytes. "
-        r".*; give a target of at least size=0.90, or macs="
+        r"target size=0.5 was not reached: cuts were measured at 0.900.* of the [\d,]+ bytes of "
+        r"the model that came in. .*; give a target of at least size=0.90, or macs="
     )
     with pytest.raises(TargetError, match=message):
         measured.land(
