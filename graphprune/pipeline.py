@@ -82,6 +82,8 @@ class SurgeryResult:
     """What could have gone and did not."""
     reference: Masked | Program | None = None
     """What the new program must equal, for `graphprune.verify`; None: the program that came in."""
+    is_rounded: bool = False
+    """Whether new values were rounded to the precision of the parameters, and equal means equal to that precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +433,10 @@ class _Driver:
         if self.context.verify:
             from graphprune.verify import verify_surgery  # it knows facts, which are defined here
 
-            self.record_checks({"surgery": verify_surgery(before, self.program, result.reference)})
+            check = verify_surgery(
+                before, self.program, result.reference, is_rounded=result.is_rounded
+            )
+            self.record_checks({"surgery": check})
 
     def train(self, step: Pass, result: TrainingResult, text: str) -> None:
         self.measurements.update(result.metrics)

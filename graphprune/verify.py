@@ -38,6 +38,8 @@ __all__ = [
 
 SAMPLES = 2
 """How many random samples both programs run on, unless labels were found for another number."""
+ROUNDINGS = 64
+"""How many roundings of a parameter, by its own precision, may show in a tensor."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference, relative to the largest value of the tensor: sums in another order differ by rounding
 alone, which grows with depth; a wrong channel differs by the size of the values themselves."""
@@ -57,7 +59,11 @@ def assert_exact(
 
 
 def verify_surgery(
-    before: Program, after: Program, reference: Masked | Program | None = None
+    before: Program,
+    after: Program,
+    reference: Masked | Program | None = None,
+    *,
+    is_rounded: bool = False,
 ) -> Check:
     """Run the program before and after a surgery on the same random inputs and compare.
 
@@ -66,6 +72,7 @@ def verify_surgery(
         after: The program that came out.
         reference: What went in must be masked like this, or what stands in for it; None: the outputs must simply be
             equal.
+        is_rounded: Whether parameters of `after` are rounded results; then the tolerance allows for that.
 
     Returns:
         The largest relative difference, float64 where both programs fit into memory, else float32.
@@ -77,6 +84,8 @@ def verify_surgery(
         what = "masked program"
     dtype = torch.float64 if _fits(before, after) else torch.float32
     tolerance = TOLERANCE[dtype]
+    if is_rounded:
+        tolerance = max(tolerance, ROUNDINGS * _precision(after))
     before, after = (_as(p, dtype) for p in (before, after))
     # A label over batch and channels in one dimension (attention written for ``batch * heads``) fits one batch only.
     samples = SAMPLES if reference is None else reference.groups.labels.batch
@@ -85,7 +94,7 @@ def verify_surgery(
         inputs = before.example_inputs
     with torch.inference_mode(), _default_dtype(dtype):
         try:
-            worst = _compare(before, after, inputs, reference, tolerance)
+            worst = _compare(before, after, inputs, reference, dtype, tolerance)
         except Differs as error:
             return Check(
                 max_abs_err=error.difference, tolerance=tolerance, passed=False, detail=str(error)
@@ -110,6 +119,12 @@ class Differs(Exception):
 def _fits(before: Program, after: Program) -> bool:
     elements = sum(t.numel() for p in (before, after) for _, t in p.named_tensors())
     return 8 * elements < 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _precision(program: Program) -> float:
+    """Return the step between numbers next to 1 in the coarsest of a program's floating types."""
+    types = {t.dtype for _, t in program.named_tensors() if t.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in types), default=0.0)
 
 
 def _as(program: Program, dtype: torch.dtype) -> Program:
@@ -137,9 +152,9 @@ def _compare(
     after: Program,
     inputs: tuple[Tensor, ...],
     reference: Masked | None,
+    dtype: torch.dtype,
     tolerance: float,
 ) -> float:
-    dtype = TOLERANCE_DTYPES[tolerance]
     if reference is None:
         given = [tuple(t.clone() for t in inputs) for _ in range(2)]
         with Promote(dtype):
@@ -180,9 +195,6 @@ def _compare(
                 difference,
             )
         worst = max(worst, difference)
-
-
-TOLERANCE_DTYPES = {tolerance: dtype for dtype, tolerance in TOLERANCE.items()}
 
 
 def _outputs(old: Any, new: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, cast
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from graphprune.errors import DataError, GraphpruneError
+from graphprune.errors import DataError, GraphpruneError, UsageError
 from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.training.samples import must_have_ranks, told_by_shape
@@ -62,7 +62,8 @@ class DrawnSamples:
             shuffle: Whether each iteration has an order of its own.
 
         Raises:
-            DataError: There is no data, nothing is to be drawn, or it does not fill one batch of the program.
+            DataError: There is no data, or it does not fill one batch of the program.
+            UsageError: As for `check`.
         """
         cls.check(step, context)
         batch_size: int = getattr(step, "batch_size", 1)
@@ -101,14 +102,14 @@ class DrawnSamples:
         """Look at what a pass wants to draw, before the first pass runs.
 
         Raises:
-            DataError: There is no data, or nothing is to be drawn.
-            UsageError: There is no such task.
+            DataError: There is no data.
+            UsageError: Nothing is to be drawn, or there is no such task.
         """
         batch_size: int = getattr(step, "batch_size", 1)
         if context.data is None:
             raise DataError(f"{step.name} expected training data, found none; give data= or --data")
         if step.num_samples < 1 or batch_size < 1:
-            raise DataError(
+            raise UsageError(
                 f"{step.name} needs at least one sample, found num_samples={step.num_samples} batch_size={batch_size}"
             )
         load_task(step.task)

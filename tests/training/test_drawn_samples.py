@@ -85,7 +85,7 @@ def test_a_free_batch_is_what_was_asked_for() -> None:
     program = gp.capture(nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 8, 8))
     assert program.fixed_batch is None
     assert [len(x) for (x,) in drawn(program, 11)] == [8, 3]
-    with pytest.raises(DataError, match="at least one sample, found num_samples=0 batch_size=8"):
+    with pytest.raises(UsageError, match="at least one sample, found num_samples=0 batch_size=8"):
         drawn(program, 0)
     flat = gp.capture(nn.Linear(64, 2), torch.zeros(1, 64))
     with pytest.raises(DataError, match="takes samples of shape 64, the data gives 1x8x8"):

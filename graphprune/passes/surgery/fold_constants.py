@@ -63,7 +63,10 @@ class FoldConstants(Pass):
         clone.module.recompile()
         step = f"{self.spec()}: {int(folding.sum())} channels"
         return SurgeryResult(
-            program=program.evolve(clone.module, step=step), modified=True, kept=kept
+            program=program.evolve(clone.module, step=step),
+            modified=True,
+            kept=kept,
+            is_rounded=True,
         )
 
 

@@ -103,10 +103,6 @@ class LayerwiseObs(Pass):
             )
         if self.damping < 0:
             raise UsageError(f"{self.name} expected damping= of 0 or more, found {self.damping}")
-        if self.num_samples < 1:
-            raise UsageError(
-                f"{self.name} expected num_samples= of 1 or more, found {self.num_samples}"
-            )
         if self.allocation == "global" and not isinstance(self.keep, float):
             raise UsageError(
                 f"{self.name}: allocation=global expected one keep= for all layers, found {self.keep}"

@@ -97,8 +97,8 @@ def test_a_target_out_of_reach_says_what_is_left(stack: Program) -> None:
     [
         ({"target": "ratio=0.5"}, TargetError, r"expected a target of macs= or params=, found 'ra"),
         ({"target": "latency=0.5"}, TargetError, r"of macs= or params=, found 'latency=0.5'"),
-        ({"share": 0.0}, UsageError, "share above 0 up to 1 .* found share=0"),
-        ({"num_samples": 0}, UsageError, "at least one sample, found share=1 num_samples=0"),
+        ({"share": 0.0}, UsageError, "share above 0 up to 1, found 0"),
+        ({"num_samples": 0}, UsageError, "at least one sample, found num_samples=0"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_pass(
@@ -110,5 +110,5 @@ def test_what_cannot_be_is_said_before_the_first_pass(
 
 
 def test_it_needs_data(stack: Program) -> None:
-    with pytest.raises(DataError, match="training data .labels are not needed., found none"):
+    with pytest.raises(DataError, match="choose-blocks expected training data, found none"):
         Pipeline([ChooseBlocks()]).run(stack)

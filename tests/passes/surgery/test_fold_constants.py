@@ -136,3 +136,19 @@ def test_a_constant_that_is_read_elsewhere_stays() -> None:
         model.first.bias[2] = 1.0
     result = _run(capture(model, torch.randn(2, 6)))
     assert not any(record.modified for record in result.records)
+
+
+def test_biases_that_have_to_be_rounded_are_equal_to_their_precision() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False)
+    ).eval()
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        norm.weight[:3], norm.bias[:3] = 0.0, 1.1
+    result = _run(capture(model, torch.randn(1, 1, 9, 9)))
+    assert result.removed.channels == 3
+    error = result.checks["surgery"].max_abs_err
+    assert error is not None
+    assert 1e-9 < error < 1e-6

@@ -61,7 +61,9 @@ def _program(dialect: str = "fx") -> Program:
 
 def _run(program: Program, **options: object) -> TrainingResult:
     context = Context(facts={}, dense=program, data=_data())
-    result = registry.load("l-obs")(**options).run(program, context)
+    step = registry.load("l-obs")(**options)
+    step.check(context)
+    result = step.run(program, context)
     assert isinstance(result, TrainingResult)
     return result
 
@@ -229,7 +231,7 @@ def test_dead_inputs_cost_nothing() -> None:
         ({"keep": "fc1:0.5", "allocation": "global"}, "allocation=global expected one keep="),
         ({"tolerance": -1.0}, "tolerance= of 0 or more, found -1.0"),
         ({"keep": 0.5, "damping": -0.1}, "damping= of 0 or more, found -0.1"),
-        ({"keep": 0.5, "num_samples": 0}, "num_samples= of 1 or more, found 0"),
+        ({"keep": 0.5, "num_samples": 0}, "at least one sample, found num_samples=0"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

@@ -14,7 +14,7 @@ import graphprune as gp
 from graphprune.data import DataSource, evaluate, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.demo import DigitsNet, train_digits
-from graphprune.errors import DataError, PassError, TargetError
+from graphprune.errors import DataError, PassError, TargetError, UsageError
 from graphprune.pipeline import Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -253,7 +253,7 @@ def test_the_pipeline_has_no_second_choice() -> None:
     ("text", "error", "message"),
     [
         ('obs{target="macs=0.00001"}', TargetError, "cannot be reached"),
-        ("obs{num_samples=0}", DataError, "at least one sample, found num_samples=0"),
+        ("obs{num_samples=0}", UsageError, "at least one sample, found num_samples=0"),
         ("obs{damping=-1.0}", PassError, "damping of 0 or more, found -1"),
     ],
 )
