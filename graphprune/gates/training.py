@@ -212,7 +212,7 @@ class GateHook(Hook):
     def after_epoch(self, moment: Moment) -> Mapping[str, float]:
         """Return what is open."""
         self.now = self._cost(self._keep())
-        dense = self.gated.groups.cost.total()
+        dense = self.target.whole(self.gated.groups.cost.total())
         return {
             "gates_open": float((self.gates.weight >= 0).sum()),
             "gates_macs": self.now.macs / max(1, dense.macs),

@@ -400,3 +400,19 @@ def test_the_complete_recipe_as_one_command(digits: DataSource, tmp_path: Path) 
     assert result.report.after.macs <= 0.6 * result.report.before.macs
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["pass"] for line in lines] == ["trainable-gates", "trainable-gates", "fine-tune"]
+
+
+def test_gates_after_a_cut_land_on_a_fraction_of_the_model_that_came_in(
+    digits: DataSource, tmp_path: Path
+) -> None:
+    cut = 'dependency-groups,magnitude,choose-channels{target="macs=0.8"},remove-channels,clean-up'
+    gates = 'dependency-groups,trainable-gates{target="macs=0.6" epochs=2 batch_size=64}'
+    program = gp.capture(gate_networks.branches(), torch.randn(1, 1, 8, 8))
+    result = Pipeline.parse(f"{cut},{gates},remove-channels,clean-up").run(
+        program, data=digits, device="cpu", out=tmp_path
+    )
+    assert result.passed
+    left = gp.analyze(result.program).cost.macs / gp.analyze(program).cost.macs
+    assert 0.55 < left <= 0.6
+    assert result.measurements["trainable-gates.chosen_macs"] == pytest.approx(left)
+    assert result.measurements["trainable-gates.gates_macs"] == pytest.approx(left)
