@@ -116,7 +116,7 @@ class Job:
         groups = analyze(dense)
         last = result.facts.get(Plan)
         assert last is None or isinstance(last, Plan)
-        plan, kept = _plan(dense, groups, result, last)
+        plan, kept = self.plan(dense, groups, result, last)
         report = Report(
             model=dense.source,
             method=last.method or None if last else None,
@@ -146,6 +146,33 @@ class Job:
             pipeline=result,
             files=folder.deliver(),
         )
+
+    def plan(
+        self, dense: Program, groups: DependencyGroups, result: PipelineResult, last: Plan | None
+    ) -> tuple[Plan | None, tuple[Kept, ...]]:
+        """Return the plan of all that a pipeline removed, if one can tell it, and what the report says was kept.
+
+        Args:
+            dense: What came in.
+            groups: Its analysis.
+            result: What the pipeline made of it.
+            last: The last choice that the pipeline made.
+        """
+        if result.program.origin is None:
+            return last, result.kept
+        try:
+            plan = Plan.between(
+                dense,
+                groups,
+                result.program,
+                method=last.method if last else "",
+                target=last.target if last else "",
+                seed=self.seed,
+                heads=result.removed.heads,
+            )
+        except PlanError as error:
+            return None, (*result.kept, Kept("plan.json", str(error)))
+        return plan, result.kept
 
     def captured(self) -> tuple[Program, dict[str, Check]]:
         """Return the program, and how it compares with the user's own model where there is one."""
@@ -236,19 +263,6 @@ def _whole(dense: Program, measurements: Mapping[str, Any]) -> dict[str, Any] | 
         "exported": dict(measurements.get("exported_parts", {})),
         "not_written": dict(measurements.get("not_written", {})),
     }
-
-
-def _plan(
-    dense: Program, groups: DependencyGroups, result: PipelineResult, last: Plan | None
-) -> tuple[Plan | None, tuple[Kept, ...]]:
-    """Return the plan of all that a pipeline removed, if it can be told, and what the report says was kept."""
-    if result.program.origin is None:
-        return last, result.kept
-    try:
-        heads = result.removed.heads
-        return Plan.between(dense, groups, result.program, last=last, heads=heads), result.kept
-    except PlanError as error:
-        return None, (*result.kept, Kept("plan.json", str(error)))
 
 
 def _figures(groups: DependencyGroups, measured: Any, accuracy: float | None) -> Figures:

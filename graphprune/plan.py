@@ -97,7 +97,9 @@ class Plan(Facts):
         groups: DependencyGroups,
         smaller: Program,
         *,
-        last: Plan | None = None,
+        method: str = "",
+        target: str = "",
+        seed: int = 0,
         heads: int = 0,
     ) -> Plan:
         """Build the plan of all that went on the way from one program to another, in however many surgeries.
@@ -106,7 +108,9 @@ class Plan(Facts):
             dense: What came in.
             groups: Its analysis.
             smaller: What is left of it.
-            last: The last plan on the way, which says how channels were chosen.
+            method: How channels were chosen, the last time.
+            target: What was asked for then.
+            seed: The run's.
             heads: How many attention heads went.
 
         Raises:
@@ -137,14 +141,14 @@ class Plan(Facts):
         keep = groups.cost.everything()
         for place, kept in left.items():
             keep[np.delete(groups.channels_of(place), kept)] = False
-        plan = cls.of(dense, groups, groups.close(keep), heads=heads)
+        keep = groups.close(keep)
+        plan = cls.of(dense, groups, keep, method=method, target=target, seed=seed, heads=heads)
         for place, kept in left.items():
             if plan.slices.get(place.name, {}).get(place.dim) != kept:
                 raise PlanError(
                     f"more of {place} is left than the couplings of {dense.source} leave"
                 )
-        how = {} if last is None else {n: getattr(last, n) for n in ("method", "target", "seed")}
-        return dataclasses.replace(plan, blocks=tuple(block.name for block in blocks), **how)
+        return dataclasses.replace(plan, blocks=tuple(block.name for block in blocks))
 
     def keep(self, program: Program, groups: DependencyGroups) -> Keep:
         """Return which coupled channels of `program` the plan keeps.

@@ -292,9 +292,10 @@ def test_a_plan_says_all_that_went_in_whatever_order(
 def test_what_went_without_a_plan_has_one_all_the_same(tmp_path: Path) -> None:
     model, x = gate_networks.residual(), torch.zeros(2, 1, 8, 8)
     text = "dependency-groups,remove-blocks{names=(right)}"
-    result = gp.compile(model, x, passes=text, out=tmp_path)
+    result = gp.compile(model, x, passes=text, seed=7, out=tmp_path)
     assert result.plan is not None
     assert (result.plan.blocks, dict(result.plan.slices)) == (("right",), {})
+    assert (result.plan.method, result.plan.seed) == ("", 7)
     assert result.report.method is None
     again = gp.apply(tmp_path / "plan.json", model, x, export=False)
     assert again.report.removed.blocks == ("right",)

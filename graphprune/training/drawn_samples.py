@@ -38,10 +38,13 @@ class DrawnSamples:
     """Batches of training samples; iterating gives their inputs, one tensor per graph input, again each time."""
 
     program: Program
+    """What they are for."""
     task: Task
+    """Reads a batch."""
     has_task: bool
     """Whether the user gave it; else the inputs come first in a sample, whatever follows them."""
     loader: DataLoader[Any]
+    """Batches as the data gives them."""
 
     @classmethod
     def of(
@@ -67,9 +70,7 @@ class DrawnSamples:
         """
         cls.check(step, context)
         batch_size: int = getattr(step, "batch_size", 1)
-        reader, fixed = load_task(step.task), program.fixed_batch
-
-        data = context.data
+        reader, fixed, data = load_task(step.task), program.fixed_batch, context.data
         assert data is not None
 
         def load(limit: int) -> DataLoader[Any]:

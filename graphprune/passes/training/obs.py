@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graphprune.budget import AUTO_STEPS, limits_room, parse_round_to, unreachable
 from graphprune.cost import CostModel, Keep
-from graphprune.errors import PassError, TargetError
+from graphprune.errors import PassError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.measured import Measurements, land
 from graphprune.outcome import Kept
@@ -84,16 +84,17 @@ class StructuredObs(Pass):
     """At most so many patches of a batch count in the refit of a convolution; 0: all."""
 
     def check(self, context: Context) -> None:
-        """Look at the data and the task."""
+        """Look at the options, the data and the task."""
+        if self.damping < 0 or self.patches < 0:
+            raise UsageError(
+                f"{self.name} expected damping and patches of 0 or more, found damping={self.damping:g} "
+                f"patches={self.patches}"
+            )
         DrawnSamples.check(self, context)
 
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Choose, make up for what goes, and return the program with the plan that removes it."""
         groups = context.need(DependencyGroups)
-        if self.damping < 0:
-            raise PassError(f"expected a damping of 0 or more, found {self.damping:g}")
-        if self.patches < 0:
-            raise PassError(f"expected patches of 0 or more, found {self.patches}")
         drawn = DrawnSamples.of(self, program, context)
         samples = list(drawn)
         units = find_units(

@@ -254,7 +254,8 @@ def test_the_pipeline_has_no_second_choice() -> None:
     [
         ('obs{target="macs=0.00001"}', TargetError, "cannot be reached"),
         ("obs{num_samples=0}", UsageError, "at least one sample, found num_samples=0"),
-        ("obs{damping=-1.0}", PassError, "damping of 0 or more, found -1"),
+        ("obs{damping=-1.0}", UsageError, "patches of 0 or more, found damping=-1 patches=0"),
+        ("obs{patches=-1}", UsageError, "of 0 or more, found damping=0.0001 patches=-1"),
     ],
 )
 def test_wrong_options_are_refused(
