@@ -8,7 +8,7 @@ import torch
 
 from graphprune.errors import UsageError
 
-__all__ = ["is_main_process", "pick_device", "take_own_gpu"]
+__all__ = ["is_main_process", "pick_device", "process_count", "take_own_gpu"]
 
 
 def pick_device(device: str) -> str:
@@ -36,6 +36,11 @@ def pick_device(device: str) -> str:
 def is_main_process() -> bool:
     """Return whether this is the only process, or the first of those that a launcher started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_count() -> int:
+    """Return how many processes a launcher started; 1 where there was none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def take_own_gpu() -> None:

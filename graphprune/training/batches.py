@@ -22,7 +22,7 @@ from graphprune.data import TensorImages, innermost
 from graphprune.errors import DataError
 from graphprune.training.randomness import seeded
 
-__all__ = ["Augment", "Batches", "crop_flip"]
+__all__ = ["Augment", "Batches", "crop_flip", "shared_batch_size"]
 
 Augment = Literal["auto", "none", "crop-flip"]
 
@@ -67,17 +67,8 @@ class Batches:
         Raises:
             DataError: The set is empty, the batch cannot be shared among the processes, or the samples are no images.
         """
-        samples = len(cast("Sized", dataset))
-        if batch_size < processes or batch_size % processes:
-            raise DataError(
-                f"expected a batch size that {processes} processes can share equally, found {batch_size}"
-            )
-        if samples < processes:
-            raise DataError(
-                f"expected at least {processes} training samples (one per process), found {samples}"
-            )
-        self.samples = samples
-        self.batch_size = min(batch_size, samples - samples % processes)
+        self.samples = len(cast("Sized", dataset))
+        self.batch_size = shared_batch_size(self.samples, batch_size, processes)
         self.seed = seed
         self.workers = workers
         self.rank = rank
@@ -114,6 +105,23 @@ class Batches:
             # The loader draws a seed for its workers; it must not come from the generator that dropout uses.
             generator=torch.Generator().manual_seed(_mix(self.seed, epoch)),
         )
+
+
+def shared_batch_size(samples: int, batch_size: int, processes: int) -> int:
+    """Return how many samples a batch has over all processes: `batch_size`, or less where there are fewer samples.
+
+    Raises:
+        DataError: There are no samples for every process, or the batch cannot be shared among them.
+    """
+    if batch_size < processes or batch_size % processes:
+        raise DataError(
+            f"expected a batch size that {processes} processes can share equally, found {batch_size}"
+        )
+    if samples < processes:
+        raise DataError(
+            f"expected at least {processes} training samples (one per process), found {samples}"
+        )
+    return min(batch_size, samples - samples % processes)
 
 
 class _Shares(Dataset[Any]):

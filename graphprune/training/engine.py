@@ -31,7 +31,7 @@ from graphprune.training import randomness
 from graphprune.training.batches import Batches
 from graphprune.training.evaluation import evaluate, settle_norms
 from graphprune.training.metrics import EVENTS, EventWriter
-from graphprune.training.mixup import Blend, must_keep_neighbours
+from graphprune.training.mixup import Blend
 from graphprune.training.optim import build_optimizer, build_schedule
 from graphprune.training.processes import accelerated, resolve_precision
 from graphprune.training.recipe import Hook, Moment, Recipe
@@ -145,6 +145,7 @@ class _Run:
         self.task = trainer.task
         self.device: torch.device = accelerator.device
         self.is_main: bool = accelerator.is_main_process
+        self.recipe.must_fit(trainer.program, trainer.data, processes=accelerator.num_processes)
         self.weights = absolute_sums(trainer.program)
         self.batches = self._batches()
         self.epoch = self.step = 0
@@ -158,11 +159,6 @@ class _Run:
             dense=trainer.teacher,
             steps=self._all_steps(),
         )
-        self.student.placement.must_take(
-            self.batches.batch_size // accelerator.num_processes, accelerator.num_processes
-        )
-        if self.recipe.mixup:
-            must_keep_neighbours(self.batches.batch_size, accelerator.num_processes)
         self._prepare()
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.history: list[dict[str, Any]] = []

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import UsageError
 from graphprune.exported import flat_outputs
 from graphprune.program import Program
 from graphprune.training.samples import must_be_labels, must_have_ranks, told_by_shape
@@ -29,19 +28,6 @@ class Placement:
         self.fixed_batch = program.fixed_batch
         program.module.to(device).to(memory_format=self.memory_format)
         self.classes = self._classes() if task.is_classification else None
-
-    def must_take(self, batch_size: int, processes: int) -> None:
-        """Check that the program trains on batches of this size.
-
-        Raises:
-            UsageError: It takes batches of another size only.
-        """
-        if self.fixed_batch not in (None, batch_size):
-            raise UsageError(
-                f"the program takes batches of {self.fixed_batch} samples only, found {batch_size} per process; "
-                f"capture it with {batch_size} samples as example inputs, or train with "
-                f"batch_size={self.fixed_batch * processes}"
-            )
 
     def place(self, batch: Any, *, where: str = "training set") -> tuple[tuple[Tensor, ...], Any]:
         """Return the inputs and the target of a batch, where and as the program wants them.

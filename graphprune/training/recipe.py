@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 
+from graphprune.data import DataSource
 from graphprune.errors import UsageError
 from graphprune.program import Program, Slices
-from graphprune.training.batches import Augment
+from graphprune.training.batches import Augment, shared_batch_size
 from graphprune.training.distill import must_be_comparable
+from graphprune.training.mixup import must_keep_neighbours
 from graphprune.training.optim import check_optim
 from graphprune.training.processes import Precision
 from graphprune.training.task import Task
@@ -117,6 +119,24 @@ class Recipe:
         check_optim(self.optimizer, self.schedule, lr=self.lr)
         if task is not None:
             must_be_comparable(task, compares_outputs=self.distill > 0, mirror=self.mirror)
+
+    def must_fit(self, program: Program, data: DataSource, *, processes: int) -> None:
+        """Check that batches of this data can be made and that the program takes them, before anything is trained.
+
+        Raises:
+            DataError: There is no training set, or its samples are too few for the processes.
+            UsageError: The program takes batches of another size only, or blends need another.
+        """
+        samples = len(cast("Sized", data.split("train")))
+        batch_size = shared_batch_size(samples, self.batch_size, processes)
+        share, fixed = batch_size // processes, program.fixed_batch
+        if fixed not in (None, share):
+            raise UsageError(
+                f"the program takes batches of {fixed} samples only, found {share} per process; capture it with "
+                f"{share} samples as example inputs, or train with batch_size={fixed * processes}"
+            )
+        if self.mixup:
+            must_keep_neighbours(batch_size, processes)
 
 
 @dataclass(frozen=True, kw_only=True)

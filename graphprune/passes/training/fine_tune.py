@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from graphprune.devices import process_count
 from graphprune.errors import DataError
 from graphprune.groups import analyze
 from graphprune.pipeline import Context, Pass, TrainingResult
@@ -79,9 +80,11 @@ class FineTune(Pass):
     def check(self, context: Context) -> None:
         """Look at the recipe, the task and the data."""
         task = load_task(self.task)
-        Recipe.of(self, task).check(task)
+        recipe = Recipe.of(self, task)
+        recipe.check(task)
         if context.data is None:
             raise DataError(f"{self.name} expected training data, found none; give data= or --data")
+        recipe.must_fit(context.dense, context.data, processes=process_count())
 
     def run(self, program: Program, context: Context) -> TrainingResult:
         """Train a clone, and return it with the metrics of the last epoch."""

@@ -14,6 +14,7 @@ from typing import ClassVar
 from graphprune.budget import is_near, parse_round_to
 from graphprune.cost import Cost, Resource
 from graphprune.cut import cut_program
+from graphprune.devices import process_count
 from graphprune.errors import DataError, PassError, UsageError
 from graphprune.gates.function import SHAPES, Shape
 from graphprune.gates.insertion import Gated, insert_gates
@@ -166,9 +167,11 @@ class TrainableGates(Pass):
         parse_granularity(self.granularity)
         parse_round_to(self.round_to)
         task = load_task(self.task)
-        Recipe.of(self, task).check(task)
+        recipe = Recipe.of(self, task)
+        recipe.check(task)
         if context.data is None:
             raise DataError(f"{self.name} expected training data, found none; give data= or --data")
+        recipe.must_fit(context.dense, context.data, processes=process_count())
         if self.shape not in SHAPES:
             raise UsageError(
                 f"expected shape to be one of {', '.join(SHAPES)}, found {self.shape!r}"

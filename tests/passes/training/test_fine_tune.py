@@ -50,6 +50,37 @@ def equal(a: Program, b: Program) -> bool:
     )
 
 
+@pytest.mark.parametrize("name", ["fine-tune", "trainable-gates"])
+def test_a_wrong_fixed_batch_is_told_before_the_first_pass(name: str) -> None:
+    fixed = replace(program(), dynamic_batch=False)
+    text = default_pipeline(method="magnitude", has_data=True, export=False)
+    pipeline = Pipeline.parse(f"{text},{name}{{epochs=1 batch_size=32}}")
+    started = list[str]()
+    with pytest.raises(UsageError, match="batches of 2 samples only, found 32 per process"):
+        pipeline.run(fixed, data=data(), callbacks=[lambda *args: started.append(str(args))])
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "error", "message"),
+    [
+        ("batch_size=3", 2, DataError, "2 processes can share equally, found 3"),
+        ("batch_size=6 mixup=0.3", 2, UsageError, "even number of samples in each of 2 processes"),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_told_first(
+    options: str,
+    processes: int,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    (step,) = Pipeline.parse(f"fine-tune{{epochs=1 {options}}}").passes
+    with pytest.raises(error, match=message):
+        step.check(context(program()))
+
+
 @pytest.mark.parametrize("dialect", ["fx", "export"])
 def test_it_trains_a_clone_and_says_what_it_measured(dialect: Dialect, tmp_path: Path) -> None:
     before = program(dialect)
