@@ -58,7 +58,9 @@ def apply_plan_to(model: nn.Module, program: Program, cut: Program, plan: Plan) 
             setattr(module, name, value)
     _take_sizes(smaller, program, changes)
     _take_shapes(smaller)
-    _assert_equal(smaller, cut, changes)
+    known = {name for name, _ in program.named_tensors()}
+    added = [name for name, _ in cut.named_tensors() if name not in known]
+    _assert_equal(smaller, cut, changes, added)
     return smaller
 
 
@@ -121,7 +123,9 @@ def _take_tensors(model: nn.Module, cut: Program) -> None:
         for store in (module._parameters, module._buffers):
             for name, old in store.items():
                 full = f"{path}.{name}" if path else name
-                if old is None:
+                if old is None:  # a layer without a bias, which may have been given one
+                    if store is module._parameters and full in values:
+                        store[name] = nn.Parameter(values[full].detach().clone())
                     continue
                 if id(old) not in fresh and full in values:
                     data = values[full].detach().clone()
@@ -145,7 +149,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut) -> None:
+def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut, added: Sequence[str]) -> None:
     advice = "Use result.program.module, which runs without the class"
     tolerance = TOLERANCE
     if blocks := cut.lost_blocks:
@@ -153,11 +157,13 @@ def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut) -> None:
         smaller, cut = copy.deepcopy(smaller).double(), cut.map_floating(torch.Tensor.double)
         tolerance = TOLERANCE_WITHOUT_BLOCKS
         reason = f"it does more with {', '.join(blocks[:3])} than to hand a tensor through, or depends on sizes"
+    elif added:
+        reason = f"its forward has no use for what the passes added ({', '.join(added[:3])})"
     elif literals := [f"{c.node}: {c.old} -> {c.new}" for c in changes.literals]:
         reason = f"the cut rewrote {len(literals)} sizes that its forward says in numbers ({'; '.join(literals[:3])})"
     else:
         reason = "its forward depends on the sizes that were cut"
-    if not blocks:
+    if not blocks and not added:
         advice += (
             "; or leave the dimensions of attention heads alone, with granularity='widths,heads'"
         )

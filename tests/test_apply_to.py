@@ -19,7 +19,7 @@ from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.target import Target
 from tests import models
-from tests.exactness import random_scores
+from tests.exactness import capture_as, random_scores
 
 
 def compiled(
@@ -145,3 +145,55 @@ def test_padding_shortcut_says_which_literals_stand_in_the_way() -> None:
         ApplyError, match=r"CifarResNet cannot hold the cut: the cut rewrote 2 sizes .*pad: "
     ):
         apply_plan_to(model, program, cut, plan)
+
+
+class _Constants(nn.Module):
+    """Three channels are one number, and are read by a layer without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 5, 1, bias=False)
+        with torch.no_grad():
+            self.bn.weight[:3] = 0.0
+            self.bn.bias[:3] = torch.tensor([1.0, 2.0, 3.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x)).relu()
+        return self.read(x)
+
+    def read(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(x)
+        return result
+
+
+class _NoPlace(_Constants):
+    """Reads them with a weight alone: a bias has no name in it."""
+
+    def read(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.head.weight)
+
+
+FOLDED = (
+    "dependency-groups,fold-constants,dependency-groups,magnitude,"
+    'choose-channels{target="macs=0.7"},remove-channels'
+)
+
+
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+def test_a_layer_that_was_given_a_bias_has_it_in_the_own_class(dialect: str) -> None:
+    model, x = _Constants().eval(), torch.randn(2, 3, 9, 9)
+    result = gp.compile(capture_as(model, x, dialect), passes=FOLDED)
+    smaller = result.apply_to(model)
+    assert smaller.get_parameter("head.bias").shape == (5,)
+    assert len(smaller.get_parameter("bn.weight")) < 8
+    assert torch.equal(smaller(x), result.program.module(x))
+    assert model.head.bias is None
+
+
+def test_a_class_without_a_place_for_a_bias_says_so() -> None:
+    model = _NoPlace().eval()
+    result = gp.compile(model, torch.randn(2, 3, 9, 9), passes=FOLDED)
+    with pytest.raises(ApplyError, match=r"gives other outputs .* no use for .* \(head\.bias\)"):
+        result.apply_to(model)

@@ -151,8 +151,9 @@ def _add_bias(program: Program, layer: Layer, value: Tensor) -> None:
     if node.op == "call_module":
         module.get_submodule(str(node.target)).register_parameter("bias", bias)
         return
-    name = f"{layer.weight}_bias".replace(".", "_")
-    module.register_parameter(name, bias)
+    name = _free_name(module, layer.weight)
+    owner, _, own = name.rpartition(".")
+    module.get_submodule(owner).register_parameter(own, bias)
     with module.graph.inserting_before(node):
         added = module.graph.get_attr(name)
     arguments = list(node.args)
@@ -161,3 +162,11 @@ def _add_bias(program: Program, layer: Layer, value: Tensor) -> None:
         node.args = tuple(arguments)
     else:
         node.kwargs = {**node.kwargs, "bias": added}
+
+
+def _free_name(module: nn.Module, weight: str) -> str:
+    """Return a name for a new bias: beside its weight, as layers call it, or one of its own."""
+    owner, _, own = weight.rpartition(".")
+    if own == "weight" and getattr(module.get_submodule(owner), "bias", None) is None:
+        return f"{owner}.bias" if owner else "bias"
+    return f"{weight}_bias".replace(".", "_")
