@@ -19,19 +19,11 @@ if TYPE_CHECKING:
     from graphprune import errors, passes
     from graphprune.check import Check
     from graphprune.compiler import CompileResult, apply, compile
+    from graphprune.contract import Artifacts, Context, Facts, Pass, SurgeryResult, TrainingResult
     from graphprune.data import DataSource, evaluate, load_data
     from graphprune.groups import DependencyGroups, analyze
     from graphprune.outcome import Kept, Removed
-    from graphprune.pipeline import (
-        Artifacts,
-        Context,
-        Facts,
-        Pass,
-        Pipeline,
-        PipelineResult,
-        SurgeryResult,
-        TrainingResult,
-    )
+    from graphprune.pipeline import Pipeline, PipelineResult
     from graphprune.plan import Plan
     from graphprune.program import Program
     from graphprune.report.data import Report
@@ -67,19 +59,18 @@ __all__ = [
 _HOMES = {
     "graphprune.check": ("Check",),
     "graphprune.compiler": ("CompileResult", "apply", "compile"),
-    "graphprune.data": ("DataSource", "evaluate", "load_data"),
-    "graphprune.groups": ("DependencyGroups", "analyze"),
-    "graphprune.outcome": ("Kept", "Removed"),
-    "graphprune.pipeline": (
+    "graphprune.contract": (
         "Artifacts",
         "Context",
         "Facts",
         "Pass",
-        "Pipeline",
-        "PipelineResult",
         "SurgeryResult",
         "TrainingResult",
     ),
+    "graphprune.data": ("DataSource", "evaluate", "load_data"),
+    "graphprune.groups": ("DependencyGroups", "analyze"),
+    "graphprune.outcome": ("Kept", "Removed"),
+    "graphprune.pipeline": ("Pipeline", "PipelineResult"),
     "graphprune.plan": ("Plan",),
     "graphprune.program": ("Program",),
     "graphprune.report.data": ("Report",),

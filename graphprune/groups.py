@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from graphprune.contract import Facts
 from graphprune.cost import CostModel, Keep
 from graphprune.labels.atoms import Atoms, AtomTable
 from graphprune.labels.propagate import propagate
 from graphprune.labels.trace import NO_RULE, Labels, tensor_infos
 from graphprune.outcome import Kept
-from graphprune.pipeline import Facts
 from graphprune.program import Program, Slices
 
 __all__ = ["DependencyGroup", "DependencyGroups", "Place", "analyze"]

@@ -32,6 +32,7 @@ from scipy.optimize import nnls
 
 from graphprune.budget import choose
 from graphprune.checkpoint import MEASURED, Checkpoint, absolute_sums
+from graphprune.contract import Context
 from graphprune.cost import Cost, Keep, Products, Resource, element_term
 from graphprune.cut import cut_program
 from graphprune.devices import is_main_process
@@ -40,7 +41,6 @@ from graphprune.groups import DependencyGroups
 from graphprune.labels.atoms import Atoms
 from graphprune.labels.trace import tensor_infos
 from graphprune.onnx_export import export_onnx
-from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.runtime import bench
 from graphprune.target import Target

@@ -12,7 +12,7 @@ from graphprune.errors import UsageError
 from graphprune.textform import Bare, Raw, Value, format_value, interpret
 
 if TYPE_CHECKING:
-    from graphprune.pipeline import Pass
+    from graphprune.contract import Pass
 
 __all__ = ["convert_options", "describe_options", "option_types", "spelled_options"]
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from graphprune.contract import Facts
 from graphprune.cost import Keep
 from graphprune.errors import PlanError
 from graphprune.files import write_atomic
 from graphprune.groups import DependencyGroups, Place, analyze
 from graphprune.outcome import Removed
-from graphprune.pipeline import Facts
 from graphprune.program import Program, Slices
 from graphprune.residual import ResidualBlock, find_residual_blocks, without_blocks
 

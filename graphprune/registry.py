@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from graphprune.errors import UsageError
 
 if TYPE_CHECKING:
-    from graphprune.pipeline import Pass
+    from graphprune.contract import Pass
 
 __all__ = ["GROUP", "KINDS", "PassInfo", "info", "infos", "load", "methods", "names", "providers"]
 
@@ -86,7 +86,7 @@ def load(name: str) -> type[Pass]:
     entry = table.get(name)
     if entry is None:
         raise UsageError(_unknown(name, tuple(table)))
-    from graphprune.pipeline import Pass
+    from graphprune.contract import Pass
 
     try:
         cls = entry.load()

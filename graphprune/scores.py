@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graphprune.contract import Facts
 from graphprune.flow import unavoidable_parameters
 from graphprune.groups import DependencyGroups, Place
-from graphprune.pipeline import Facts
 from graphprune.program import Program
 
 __all__ = ["Scores", "along", "divisors", "last_where_unseen", "norms_along", "sum_over_places"]

@@ -255,7 +255,7 @@ def test_a_check_that_falls_short_is_status_3_and_named(
     def compare(*_: Any, **__: Any) -> Check:
         return Check(max_abs_err=9.0, tolerance=1.0, passed=False, detail="conv1 differs")
 
-    monkeypatch.setattr("graphprune.verify.verify_surgery", compare)
+    monkeypatch.setattr("graphprune.pipeline.verify_surgery", compare)
     status, out, err = run(
         capsys, "compile", "cli_net:net", "--input", "1x1x8x8", "--no-export", "--json"
     )

@@ -191,7 +191,7 @@ def test_readme_example_prints_what_is_shown(
 
 
 def test_the_hook_that_is_shown_shrinks_scales() -> None:
-    from graphprune.pipeline import Context
+    from graphprune.contract import Context
     from tests.training.networks import data, program
 
     (code,) = blocks("docs/writing_a_pass.md", "python", "hook")

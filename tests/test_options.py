@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphprune import textform
+from graphprune.contract import Artifacts, Context, Pass
 from graphprune.errors import UsageError
 from graphprune.options import convert_options, describe_options, option_types
-from graphprune.pipeline import Artifacts, Context, Pass
 from graphprune.program import Program
 
 

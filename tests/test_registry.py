@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from graphprune import registry
+from graphprune.contract import Pass
 from graphprune.errors import UsageError
-from graphprune.pipeline import Pass, Pipeline
+from graphprune.pipeline import Pipeline
 from tests.third_party.install import install, install_count_nodes
 
 PASSES = Path(__file__).parents[1] / "graphprune" / "passes"

@@ -13,9 +13,10 @@ from torch.utils.data import TensorDataset
 
 import graphprune as gp
 from graphprune.compiler import CompileResult
+from graphprune.contract import Context, Pass, SurgeryResult
 from graphprune.data import DataSource
 from graphprune.errors import PlanError
-from graphprune.pipeline import Context, Pass, Pipeline, SurgeryResult
+from graphprune.pipeline import Pipeline
 from graphprune.program import Program, Slices, compose
 
 X = torch.zeros(1, 8)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from graphprune import registry
 from graphprune.budget import choose
 from graphprune.capture import capture
+from graphprune.contract import Context
 from graphprune.cut import cut_program
 from graphprune.groups import DependencyGroups, analyze
-from graphprune.pipeline import Context
 from graphprune.scores import Scores
 from graphprune.target import Target
 from graphprune.zoo.models import ZooModel

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphprune.contract import Pass
 from graphprune.data import DataSource, evaluate
 from graphprune.defaults import DEFAULT_GRANULARITY, default_pipeline, training_options
 from graphprune.devices import pick_device
 from graphprune.errors import UsageError
 from graphprune.groups import analyze
-from graphprune.pipeline import Pass, Pipeline
+from graphprune.pipeline import Pipeline
 from graphprune.program import Program
 from graphprune.registry import methods as registered_methods
 from graphprune.textform import format_pass

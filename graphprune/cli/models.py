@@ -38,7 +38,8 @@ from graphprune.cli.common import (
     emit,
     working,
 )
-from graphprune.pipeline import Callback, Pass
+from graphprune.contract import Pass
+from graphprune.pipeline import Callback
 from graphprune.program import Program
 from graphprune.report.text import TABLE_BOX, print_report
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol, cast
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from graphprune.contract import Context
 from graphprune.errors import DataError, GraphpruneError, UsageError
-from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.training.samples import must_have_ranks, told_by_shape
 from graphprune.training.task import Task, load_task

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphprune.pipeline import Context, Facts, Pass
+from graphprune.contract import Context, Facts, Pass
 from graphprune.program import Program
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import graphprune as gp
+from graphprune.contract import Context
 from graphprune.data import DataSource, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, UsageError
-from graphprune.pipeline import Context, Pipeline, PipelineResult
+from graphprune.pipeline import Pipeline, PipelineResult
 from graphprune.program import Program
 from graphprune.training.drawn_samples import DrawnSamples
 from tests.training.masked_language import LENGTH, model

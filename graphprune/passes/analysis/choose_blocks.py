@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.cost import Cost, Resource
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.output_change import OutputChange
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan, fingerprint
 from graphprune.program import Program
 from graphprune.residual import (

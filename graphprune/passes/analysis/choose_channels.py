@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from graphprune.budget import Choice, choose, parse_round_to
+from graphprune.contract import Context, Facts, Pass
 from graphprune.groups import DependencyGroups
 from graphprune.measured import Measurements, land
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.scores import Scores

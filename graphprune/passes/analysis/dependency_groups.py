@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphprune.contract import Context, Pass
 from graphprune.groups import DependencyGroups, analyze
-from graphprune.pipeline import Context, Pass
 from graphprune.program import Program
 
 __all__ = ["FindDependencyGroups"]

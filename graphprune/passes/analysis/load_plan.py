@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.groups import DependencyGroups
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.plan import Plan
 from graphprune.program import Program
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.cost import Resource
 from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups, analyze
@@ -19,7 +20,6 @@ from graphprune.measured import (
     probes,
     size_products,
 )
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 
 __all__ = ["MeasureCosts"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphprune.check import Check
+from graphprune.contract import Artifacts, Context, Pass
 from graphprune.errors import ExportError, OutputError
 from graphprune.exported import (
     export_program,
@@ -21,7 +22,6 @@ from graphprune.exported import (
     without_fast_path,
 )
 from graphprune.files import prepare_out, write_atomic
-from graphprune.pipeline import Artifacts, Context, Pass
 from graphprune.program import Program, WholeModel
 
 __all__ = ["ExportProgram"]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from graphprune.check import Check
+from graphprune.contract import Artifacts, Context, Pass
 from graphprune.errors import OutputError
 from graphprune.files import prepare_out
 from graphprune.onnx_export import export_onnx, zipped_bytes
 from graphprune.parts import parts_of
-from graphprune.pipeline import Artifacts, Context, Pass
 from graphprune.program import Program
 from graphprune.runtime import bench, open_session, parity
 

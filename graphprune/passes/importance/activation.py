@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.flow import unavoidable_nodes
 from graphprune.groups import DependencyGroups
 from graphprune.labels import TensorInfo
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, divisors
 from graphprune.training.drawn_samples import DrawnSamples

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups, Place
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, last_where_unseen
 

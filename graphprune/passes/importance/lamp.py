@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.groups import DependencyGroups, Place
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, norms_along, sum_over_places
 

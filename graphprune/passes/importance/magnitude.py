@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.flow import first_users, unavoidable_parameters
 from graphprune.groups import DependencyGroups, Place
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, divisors, norms_along, sum_over_places
 

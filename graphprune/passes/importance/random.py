@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.groups import DependencyGroups
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores
 

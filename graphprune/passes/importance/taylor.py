@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.groups import DependencyGroups, Place
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, sum_over_places
 from graphprune.training.drawn_samples import DrawnSamples

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graphprune.contract import Context, Facts, Pass
 from graphprune.groups import DependencyGroups, Place
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, sum_over_places
 from graphprune.second_order.calibration import collect

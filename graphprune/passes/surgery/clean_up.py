@@ -11,9 +11,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from graphprune.contract import Context, Pass, SurgeryResult
 from graphprune.lowering.memory import Memory
 from graphprune.lowering.symbolic import erase_dead
-from graphprune.pipeline import Context, Pass, SurgeryResult
 from graphprune.program import Program
 
 __all__ = ["CleanUp"]

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graphprune.constants import Reading, fixed_channels, readings, weights_of
+from graphprune.contract import Context, Facts, Pass, SurgeryResult
 from graphprune.groups import DependencyGroups
 from graphprune.outcome import Kept
-from graphprune.pipeline import Context, Facts, Pass, SurgeryResult
 from graphprune.program import Program
 from graphprune.second_order.layers import Layer, layers
 

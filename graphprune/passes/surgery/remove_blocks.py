@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphprune.contract import Context, Facts, Pass, SurgeryResult
 from graphprune.groups import DependencyGroups
 from graphprune.outcome import Kept, Removed
-from graphprune.pipeline import Context, Facts, Pass, SurgeryResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.residual import (

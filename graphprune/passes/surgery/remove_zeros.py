@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphprune.constants import fixed_channels, readings, weights_of
+from graphprune.contract import Context, Facts, Pass, SurgeryResult
 from graphprune.cut import cut_program
 from graphprune.groups import DependencyGroups
 from graphprune.labels.trace import Consumer
 from graphprune.outcome import Kept
-from graphprune.pipeline import Context, Facts, Pass, SurgeryResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.second_order.layers import Layer, layers

@@ -15,10 +15,10 @@ from typing import ClassVar
 
 import torch
 
+from graphprune.contract import Context, Pass, TrainingResult
 from graphprune.devices import process_count
 from graphprune.errors import DataError
 from graphprune.groups import analyze
-from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
 from graphprune.training import Hook, Moment, Recipe, Trainer, load_task
 from graphprune.training.batches import Augment

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from graphprune.contract import Context, Pass, TrainingResult
 from graphprune.errors import UsageError
-from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
 from graphprune.second_order.chain import bound_of
 from graphprune.second_order.layers import layers

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from graphprune.budget import AUTO_STEPS, limits_room, parse_round_to, unreachable
+from graphprune.contract import Context, Facts, Pass, TrainingResult
 from graphprune.cost import CostModel, Keep
 from graphprune.errors import PassError, TargetError, UsageError
 from graphprune.groups import DependencyGroups
 from graphprune.measured import Measurements, land
 from graphprune.outcome import Kept
 from graphprune.output_change import OutputChange
-from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.second_order.allocation import Levels, allocate

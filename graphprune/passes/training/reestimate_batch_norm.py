@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import torch
 
+from graphprune.contract import Context, Pass, TrainingResult
 from graphprune.errors import DataError
 from graphprune.outcome import Kept
-from graphprune.pipeline import Context, Pass, TrainingResult
 from graphprune.program import Program
 from graphprune.training.drawn_samples import DrawnSamples
 from graphprune.training.running_statistics import RunningStatistics

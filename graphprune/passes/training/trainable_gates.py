@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphprune.budget import is_near, parse_round_to
+from graphprune.contract import Context, Facts, Pass, TrainingResult
 from graphprune.cost import Cost, Resource
 from graphprune.cut import cut_program
 from graphprune.devices import process_count
@@ -22,7 +23,6 @@ from graphprune.gates.training import GateHook
 from graphprune.groups import DependencyGroups
 from graphprune.outcome import Kept
 from graphprune.passes.importance.magnitude import Magnitude
-from graphprune.pipeline import Context, Facts, Pass, TrainingResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.target import Target, parse_target

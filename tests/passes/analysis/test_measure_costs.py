@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune import measured
 from graphprune.budget import choose
+from graphprune.contract import Context
 from graphprune.cost import Keep, Products
 from graphprune.cut import cut_program
 from graphprune.errors import TargetError, UsageError
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.onnx_export import export_onnx
 from graphprune.passes.analysis import MeasureCosts
-from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.runtime import Latency
 from graphprune.target import parse_target

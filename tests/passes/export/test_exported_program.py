@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import fx
 
+from graphprune.contract import Context
 from graphprune.errors import ExportError, OutputError
 from graphprune.passes.export.exported_program import ExportProgram
-from graphprune.pipeline import Context
 from graphprune.program import Program
 from tests.models import tiny_residual, tiny_transformer
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import fx
 
+from graphprune.contract import Context
 from graphprune.errors import OutputError
 from graphprune.passes.export.onnx import ExportOnnx
-from graphprune.pipeline import Context
 from graphprune.program import Program
 from graphprune.runtime import Session, open_session
 from tests.models import tiny_residual

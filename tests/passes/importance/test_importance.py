@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import registry
+from graphprune.contract import Context, Facts, Pass
 from graphprune.data import DataSource, load_data
 from graphprune.defaults import default_pipeline
 from graphprune.errors import DataError, UsageError
 from graphprune.flow import unavoidable_nodes
 from graphprune.groups import DependencyGroups, Place, analyze
-from graphprune.pipeline import Context, Facts, Pass
 from graphprune.program import Program
 from graphprune.scores import Scores, along, divisors, sum_over_places
 from tests.models import tiny_inception, tiny_mobile, tiny_residual, tiny_transformer

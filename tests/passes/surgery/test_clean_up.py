@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from graphprune import registry
 from graphprune.capture import capture
-from graphprune.pipeline import Context, Pipeline, SurgeryResult
+from graphprune.contract import Context, SurgeryResult
+from graphprune.pipeline import Pipeline
 from graphprune.program import Program
 from tests.exactness import capture_as
 

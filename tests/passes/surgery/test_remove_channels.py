@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.budget import choose
+from graphprune.contract import Context, SurgeryResult
 from graphprune.groups import DependencyGroups, analyze
-from graphprune.pipeline import Context, Pipeline, SurgeryResult
+from graphprune.pipeline import Pipeline
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.target import Target

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from graphprune import registry
 from graphprune.capture import capture
+from graphprune.contract import Context, SurgeryResult
 from graphprune.groups import analyze
-from graphprune.pipeline import Context, Pipeline, PipelineResult, SurgeryResult
+from graphprune.pipeline import Pipeline, PipelineResult
 from graphprune.program import Program
 from tests.exactness import capture_as, outputs_of
 from tests.models import CifarResNet, resnet20, tiny_transformer

@@ -19,10 +19,11 @@ from torch import nn
 import graphprune as gp
 from graphprune.checkpoint import Checkpoint
 from graphprune.cli import main
+from graphprune.contract import Context
 from graphprune.defaults import default_pipeline, replay_pipeline
 from graphprune.errors import CheckpointError, DataError, UsageError
 from graphprune.passes.training import FineTune
-from graphprune.pipeline import Context, Pipeline
+from graphprune.pipeline import Pipeline
 from graphprune.program import Dialect, Program
 from graphprune.training import load_task
 from tests.training.masked_language import model

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from graphprune.contract import Context, Facts
 from graphprune.files import write_atomic
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.passes.training import TrainableGates
-from graphprune.pipeline import Context, Facts
 from graphprune.plan import Plan
 from graphprune.program import Program
 from tests.training.networks import children, data, files, program

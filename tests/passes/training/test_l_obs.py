@@ -15,9 +15,10 @@ from torch.utils.data import TensorDataset
 import graphprune as gp
 from graphprune import registry
 from graphprune.capture import capture
+from graphprune.contract import Context, TrainingResult
 from graphprune.data import DataSource
 from graphprune.errors import DataError, PassError, UsageError
-from graphprune.pipeline import Context, Pipeline, TrainingResult
+from graphprune.pipeline import Pipeline
 from graphprune.program import Program
 from graphprune.report.text import render_text
 from graphprune.second_order.chain import chain_of

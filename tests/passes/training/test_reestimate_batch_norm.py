@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import TensorDataset
 
+from graphprune.contract import Context
 from graphprune.data import DataSource
 from graphprune.errors import DataError
 from graphprune.passes.training.reestimate_batch_norm import ReestimateBatchNorm
-from graphprune.pipeline import Context
 from graphprune.program import Program
 
 # Torch accumulates in float32, the pass in float64.

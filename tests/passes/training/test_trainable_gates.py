@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.capture import capture
 from graphprune.checkpoint import Checkpoint
+from graphprune.contract import Context
 from graphprune.cost import Products
 from graphprune.data import DataSource, evaluate, load_data
 from graphprune.defaults import default_pipeline
@@ -24,7 +25,7 @@ from graphprune.gates.layers import Mask
 from graphprune.gates.training import GateHook
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.passes.training import FineTune, TrainableGates
-from graphprune.pipeline import Context, Pipeline, PipelineResult
+from graphprune.pipeline import Pipeline, PipelineResult
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.target import parse_target
