@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_PATH = re.compile(
     r"(?<![\w/.<-])((?:[\w.]+/)*[\w.]+\.(?:py|md|toml|jinja)|(?:[\w.]+/)+)(?![\w<*{/])"
 )
-INVENTED = {"mymodel.py", "distance.py", "out/", "DIR/checkpoints/", "DIR/tensorboard/"}
+INVENTED = {"mymodel.py", "distance.py", "squares.py", "out/", "DIR/checkpoints/", "DIR/tensorboard/"}
 """Names that stand for a reader's own files."""
 
 
@@ -107,7 +108,7 @@ def test_the_map_names_no_module_that_is_not_there() -> None:
 
 
 def commands() -> Iterator[str]:
-    for page in ("README.md", "docs/writing_a_pass.md"):
+    for page in ("README.md", "docs/training.md", "docs/writing_a_pass.md"):
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 yield from (part.strip() for part in line.partition("#")[0].split("&&"))
@@ -202,6 +203,45 @@ def test_the_hook_that_is_shown_shrinks_scales() -> None:
     assert not torch.equal(
         after.module.get_parameter("bn1.weight"), before.module.get_parameter("bn1.weight")
     )
+
+
+def test_the_task_of_the_guide_is_trained(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = blocks("docs/training.md", "python", "task")
+    (here / "squares.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(here)
+    (command,) = (c for c in commands() if c.startswith("graphprune compile squares:make "))
+    assert main([*shlex.split(command)[1:], "--no-export", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0.4 < report["after"]["macs"] / report["before"]["macs"] <= 0.5
+    assert report["after"]["accuracy"] is None
+    lines = (here / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4
+    assert json.loads(lines[-1])["test_pixels"] > 0.9
+    sys.modules.pop("squares")
+
+
+def test_the_optimizer_of_the_guide_goes_on() -> None:
+    (code,) = blocks("docs/training.md", "python", "optimizer")
+    model = _Net().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    images, labels = torch.randn(8, 3, 9, 9), torch.randint(0, 5, (8,))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    momentum = optimizer.state[model.first.weight]["momentum_buffer"].clone()
+    namespace: dict[str, Any] = {
+        **{"gp": gp, "torch": torch, "model": model, "optimizer": optimizer},
+        **{"images": images, "labels": labels},
+    }
+    loop = code.index("for _ in")
+    exec(code[:loop], namespace)
+    smaller, kept = namespace["smaller"], namespace["result"].plan.slices["first.weight"][0]
+    found = optimizer.state[smaller.first.weight]["momentum_buffer"]
+    assert torch.equal(found, momentum[list(kept)])
+    before = smaller.first.weight.detach().clone()
+    exec(code[loop:], namespace)
+    assert not torch.equal(smaller.first.weight, before)
 
 
 class _Net(nn.Module):

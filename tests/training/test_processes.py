@@ -97,17 +97,18 @@ def test_torchrun_compiles_once(tmp_path: Path) -> None:
         'dependency-groups,magnitude,choose-channels{target="params=0.5"},remove-channels,'
         "fine-tune{epochs=2 precision=float32}"
     )
-    command = Path(sys.executable).with_name("graphprune")
+    module = ["-m", "graphprune"]
     arguments = [
-        *(str(command), "compile", "tests.passes.training.test_fine_tune:make", "--data", "digits"),
+        *("compile", "tests.passes.training.test_fine_tune:make", "--data", "digits"),
         *("--passes", steps, "--no-export", "--device", "cpu", "--json", "--out"),
     ]
-    launcher = [shutil.which("torchrun", path=str(command.parent)) or "torchrun"]
-    launcher += ["--standalone", "--nproc-per-node", "2", "--no-python"]
+    folder = str(Path(sys.executable).parent)
+    launcher = [shutil.which("torchrun", path=folder) or "torchrun"]
+    launcher += ["--standalone", "--nproc-per-node", "2"]
     printed, losses = [], []
-    for prefix, out in (([], "one"), (launcher, "two")):
+    for prefix, out in (([sys.executable], "one"), (launcher, "two")):
         done = subprocess.run(
-            [*prefix, *arguments, str(tmp_path / out)],
+            [*prefix, *module, *arguments, str(tmp_path / out)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
