@@ -33,7 +33,14 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_PATH = re.compile(
     r"(?<![\w/.<-])((?:[\w.]+/)*[\w.]+\.(?:py|md|toml|jinja)|(?:[\w.]+/)+)(?![\w<*{/])"
 )
-INVENTED = {"mymodel.py", "distance.py", "squares.py", "out/", "DIR/checkpoints/", "DIR/tensorboard/"}
+INVENTED = {
+    "mymodel.py",
+    "distance.py",
+    "squares.py",
+    "out/",
+    "DIR/checkpoints/",
+    "DIR/tensorboard/",
+}
 """Names that stand for a reader's own files."""
 
 
