@@ -13,11 +13,13 @@ from torch.utils.data import TensorDataset
 
 from graphprune.data import DataSource
 from graphprune.program import Dialect, Program
-from graphprune.training import Task
+from graphprune.training import Hook, Moment, Task
 from graphprune.training.metrics import EVENTS
 
 __all__ = [
     "Net",
+    "Stop",
+    "StopAfter",
     "children",
     "data",
     "files",
@@ -39,6 +41,22 @@ def children() -> Any:
 def files(folder: Path) -> set[str]:
     """Return what is visible in a folder, but for the event files that come where TensorBoard is installed."""
     return {path.name for path in folder.glob("[!.]*")} - {EVENTS}
+
+
+class Stop(Exception):
+    """Interrupts a training."""
+
+
+class StopAfter(Hook):
+    """Interrupts it after so many steps; never if 0."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def after_step(self, moment: Moment) -> None:
+        """Stop, where it is time."""
+        if moment.steps == self.steps:
+            raise Stop
 
 
 class Net(nn.Module):

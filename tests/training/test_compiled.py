@@ -15,11 +15,11 @@ import graphprune as gp
 from graphprune.gates.insertion import insert_gates
 from graphprune.groups import analyze
 from graphprune.scores import Scores
-from graphprune.training import Hook, Moment, Recipe, Trainer
+from graphprune.training import Recipe, Trainer
 from graphprune.training.compiled import MANY_STEPS, Compiled, compiled
 from graphprune.training.forms import training_form
 from tests.models import tiny_residual
-from tests.training.networks import data, program
+from tests.training.networks import Stop, StopAfter, data, program
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -104,19 +104,6 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     assert compiled(module, device=CPU, steps=MANY_STEPS) is module
 
 
-class _Stop(Exception):
-    """Ends a run."""
-
-
-class _StopAfter(Hook):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def after_step(self, moment: Moment) -> None:
-        if moment.steps == self.steps:
-            raise _Stop
-
-
 @needs_compiler
 def test_a_compiled_run_goes_on_as_if_it_had_not_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -139,14 +126,14 @@ def test_a_compiled_run_goes_on_as_if_it_had_not_stopped(
             recipe=recipe,
             data=data(),
             teacher=program(seed=3),
-            hooks=[_StopAfter(stop)],
+            hooks=[StopAfter(stop)],
             checkpoint=tmp_path / folder,
             resume=resume,
         ).fit()
         return dict(trained.named_tensors())
 
     whole = train("whole")
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         train("broken", stop=5)
     rest = train("broken", resume=True)
     for name, tensor in whole.items():

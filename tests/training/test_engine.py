@@ -20,7 +20,7 @@ from graphprune.errors import CheckpointError, DataError, TrainingError, UsageEr
 from graphprune.files import write_atomic
 from graphprune.program import Dialect, Program
 from graphprune.training import Hook, Moment, Outcome, Recipe, Task, Trainer
-from tests.training.networks import children, data, files, norm_free, program
+from tests.training.networks import Stop, StopAfter, children, data, files, norm_free, program
 
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, precision="float32")
 
@@ -287,19 +287,6 @@ def test_a_graph_of_one_layout_trains_in_that_layout() -> None:
 # Interrupted runs
 
 
-class _Stop(Exception):
-    pass
-
-
-class StopAfter(Hook):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def after_step(self, moment: Moment) -> None:
-        if moment.steps == self.steps:
-            raise _Stop
-
-
 EVERY_STEP = Recipe(
     epochs=3, batch_size=16, lr=0.05, average=0.9, precision="float32", checkpoint_seconds=0.0
 )
@@ -331,7 +318,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     for steps in (1, 6):
         broken, rest = program(), program()
         folder = tmp_path / str(steps)
-        with pytest.raises(_Stop):
+        with pytest.raises(Stop):
             fit(broken, recipe, checkpoint=folder, hooks=[StopAfter(steps)])
         # A hook's state belongs to the checkpoint, so the second run has a hook too.
         found = fit(rest, recipe, checkpoint=folder, resume=True, hooks=[StopAfter(0)])
@@ -388,7 +375,7 @@ def test_ten_killed_runs_resume_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_without_resume_a_run_starts_over(tmp_path: Path) -> None:
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         fit(program(seed=1), EVERY_STEP, checkpoint=tmp_path, hooks=[StopAfter(4)])
     (tmp_path / ".state.pt.abc.tmp").write_text("half")
     afresh, whole = program(), program()
