@@ -157,13 +157,11 @@ def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut, added: Sequenc
         smaller, cut = copy.deepcopy(smaller).double(), cut.map_floating(torch.Tensor.double)
         tolerance = TOLERANCE_WITHOUT_BLOCKS
         reason = f"it does more with {', '.join(blocks[:3])} than to hand a tensor through, or depends on sizes"
-    elif added:
-        reason = f"its forward has no use for what the passes added ({', '.join(added[:3])})"
     elif literals := [f"{c.node}: {c.old} -> {c.new}" for c in changes.literals]:
         reason = f"the cut rewrote {len(literals)} sizes that its forward says in numbers ({'; '.join(literals[:3])})"
     else:
         reason = "its forward depends on the sizes that were cut"
-    if not blocks and not added:
+    if not blocks:
         advice += (
             "; or leave the dimensions of attention heads alone, with granularity='widths,heads'"
         )
@@ -183,6 +181,11 @@ def _assert_equal(smaller: nn.Module, cut: Program, changes: Cut, added: Sequenc
             continue
         scale = (float(old.double().abs().max()) if old.numel() else 0.0) or 1.0
         if old.shape != new.shape or not float((old - new).abs().max()) <= tolerance * scale:
+            if added and not blocks and not changes.literals:
+                reason = (
+                    f"its forward has no use for what the passes added ({', '.join(added[:3])})"
+                )
+                advice = "Use result.program.module, which runs without the class"
             raise ApplyError(
                 f"{type(smaller).__name__} runs with the cut tensors but gives other outputs than the cut program: "
                 f"{reason}. {advice}."

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from graphprune.contract import Pass
 from graphprune.defaults import (
     DEFAULT_GRANULARITY,
     DEFAULT_METHOD,
@@ -99,7 +101,7 @@ def compile(
         epochs: Epochs of fine-tuning after the cut, by the pass ``fine-tune``; needs `data`.
         fine_tune: Options of that pass other than its defaults, such as ``lr=0.05 mixup=1.0 distill=0.9``.
         task: What to train for, ``package.module:factory`` of a `graphprune.training.Task`, in place of
-            classification; accuracy is not measured then.
+            classification; accuracy is not measured then. Of `passes`, those take it that name none themselves.
         resume: Go on with a run into `out` that was interrupted while it trained.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         callbacks: Called between passes with (previous, program, next).
@@ -143,6 +145,8 @@ def compile(
                 "give one or the other"
             )
         pipeline = Pipeline.parse(passes) if isinstance(passes, str) else passes
+        if task:
+            pipeline = Pipeline(_with_task(step, task) for step in pipeline.passes)
     if resume and not any(hasattr(step, "checkpoint_seconds") for step in pipeline.passes):
         raise UsageError(
             "resume: no pass of this pipeline trains, so there is nothing to go on with; give epochs= (--epochs N), "
@@ -165,6 +169,12 @@ def compile(
     )
     with staging(out, resume=resume) as folder:
         return job.run(pipeline, folder)
+
+
+def _with_task(step: Pass, task: str) -> Pass:
+    """Return a pass that reads samples as `task` says, where it reads any and names no task itself."""
+    taken: dict[str, Any] = {"task": task}
+    return replace(step, **taken) if getattr(step, "task", None) == "" else step
 
 
 def apply(

@@ -175,6 +175,13 @@ class _NoPlace(_Constants):
         return nn.functional.conv2d(x, self.head.weight)
 
 
+class _Viewed(_Constants):
+    """Has a use for the bias, and says a size in numbers."""
+
+    def read(self, x: Tensor) -> Tensor:
+        return super().read(x.view(-1, 8, 7, 7))
+
+
 FOLDED = (
     "dependency-groups,fold-constants,dependency-groups,magnitude,"
     'choose-channels{target="macs=0.7"},remove-channels'
@@ -196,4 +203,11 @@ def test_a_class_without_a_place_for_a_bias_says_so() -> None:
     model = _NoPlace().eval()
     result = gp.compile(model, torch.randn(2, 3, 9, 9), passes=FOLDED)
     with pytest.raises(ApplyError, match=r"gives other outputs .* no use for .* \(head\.bias\)"):
+        result.apply_to(model)
+
+
+def test_a_size_in_numbers_is_named_before_what_was_added() -> None:
+    model = _Viewed().eval()
+    result = gp.compile(model, torch.randn(2, 3, 9, 9), passes=FOLDED)
+    with pytest.raises(ApplyError, match="cannot hold the cut: the cut rewrote 1 sizes that its"):
         result.apply_to(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -38,6 +39,7 @@ INVENTED = {
     "distance.py",
     "squares.py",
     "out/",
+    "out/checkpoints/",
     "DIR/checkpoints/",
     "DIR/tensorboard/",
 }
@@ -227,6 +229,27 @@ def test_the_task_of_the_guide_is_trained(
     assert len(lines) == 4
     assert json.loads(lines[-1])["test_pixels"] > 0.9
     sys.modules.pop("squares")
+
+
+def test_the_pipeline_of_the_guide_can_be_read() -> None:
+    (code,) = blocks("docs/training.md", "python", "passes")
+    namespace: dict[str, Any] = {}
+    exec(code.partition("result =")[0], namespace)
+    pipeline = gp.Pipeline.parse(namespace["passes"])
+    assert gp.Pipeline.parse(str(pipeline)) == pipeline
+
+
+def test_methods_and_trainings_of_the_commands_are_understood() -> None:
+    found = list[str]()
+    for line in commands():
+        words = shlex.split(line)
+        given = dict(itertools.pairwise(words))
+        options = {"method": given.get("--method"), "fine_tune": given.get("--fine-tune")}
+        chosen = {name: text for name, text in options.items() if text is not None}
+        if chosen and given.get("--method") != "distance":
+            text = default_pipeline(**chosen, epochs=1, has_data=True)  # type: ignore[arg-type]
+            found.append(str(gp.Pipeline.parse(text)))
+    assert len(found) >= 8
 
 
 def test_the_optimizer_of_the_guide_goes_on() -> None:

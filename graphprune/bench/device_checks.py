@@ -5,6 +5,7 @@ Every check is run whatever became of the ones before, and its figures are writt
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import tempfile
@@ -116,11 +117,12 @@ def run_checks(
     resume: bool = False,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Run the checks, rewrite `path` after each of them, and return whether all of them passed.
+    """Run the checks, rewrite `path` after each of them, and return whether those that were wanted passed.
 
     Args:
         machine: Where.
-        path: A JSON file: ``environment``, ``passed``, and the figures of every check under ``checks``.
+        path: A JSON file: ``environment``, the figures of every check under ``checks``, and ``passed``: whether all
+            that are in the file did.
         only: Run the checks whose names begin with one of these; all of them if empty.
         resume: Keep what an earlier run on the same device wrote there, and leave out what passed.
         say: Where a line about every check goes.
@@ -137,16 +139,26 @@ def run_checks(
     here = environment(machine.device)
     results = _earlier(path, here) if resume else {}
     for name, check in wanted.items():
-        if results.get(name, {}).get("passed"):
+        asked = _asked(machine, name)
+        if results.get(name, {}).get("passed") and results[name].get("asked") == asked:
             say(f"{name}: passed before")
             continue
-        results[name] = _guarded(check, machine)
+        results[name] = {"asked": asked, **_guarded(check, machine)}
         with write_atomic(path) as temporary:
             text = {"environment": here, "passed": _all_passed(results), "checks": results}
             temporary.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
         word = "passed" if results[name]["passed"] else f"FAILED: {results[name]['why']}"
         say(f"{name}: {word} ({results[name]['seconds']:.0f} s)")
     return all(results[name]["passed"] for name in wanted)
+
+
+def _asked(machine: Machine, name: str) -> Figures:
+    """Return what the user may have asked of a check; another answer is the figure of another check."""
+    if name.startswith("steps "):
+        return {"steps": machine.steps}
+    if name.startswith("recipe ") and machine.recipe is not None:
+        return {k: str(v) for k, v in dataclasses.asdict(machine.recipe).items()}
+    return {}
 
 
 def _all_passed(results: Mapping[str, Figures]) -> bool:
@@ -158,12 +170,12 @@ def _earlier(path: Path, here: Mapping[str, str | None]) -> dict[str, Figures]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        there, results = found["environment"], dict(found["checks"])
+        there, results = dict(found["environment"]), dict(found["checks"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"expected figures of an earlier run, found {str(path)!r}: {error}"
         ) from error
-    for name in sorted({*here, *there}):
+    for name in sorted({*here, *there} - {"platform"}):
         if here.get(name) != there.get(name):
             raise UsageError(
                 f"{str(path)!r} was written with {name}={there.get(name)}, here it is {here.get(name)}; "
@@ -175,12 +187,15 @@ def _earlier(path: Path, here: Mapping[str, str | None]) -> dict[str, Figures]:
 def _guarded(check: Callable[[], Figures], machine: Machine) -> Figures:
     """Run one check; what it raises is a figure too, so that the others still run."""
     gc.collect()
-    if machine.is_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(machine.device)
     start = time.perf_counter()
     try:
+        if machine.is_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(machine.device)
         figures = check()
+        if machine.is_gpu:
+            peak = torch.cuda.max_memory_allocated(machine.device)
+            figures["peak_gpu_mib"] = round(peak / 2**20, 1)
     except Exception as error:
         lines = traceback.format_exc().splitlines()[-12:]
         figures = {
@@ -189,8 +204,6 @@ def _guarded(check: Callable[[], Figures], machine: Machine) -> Figures:
             "traceback": lines,
         }
     figures["seconds"] = round(time.perf_counter() - start, 2)
-    if machine.is_gpu:
-        figures["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20, 1)
     return figures
 
 
@@ -249,15 +262,19 @@ def _resumed(machine: Machine) -> Figures:
         else:
             raise AssertionError("expected the training to stop after 17 steps, it went on")
         # A hook's state belongs to the checkpoint, so the second run has a hook too.
-        resumed = train(Path(name, "broken"), hooks=[_StopAfter(0)], resume=True)
+        watch = _StopAfter(0)
+        resumed = train(Path(name, "broken"), hooks=[watch], resume=True)
+    why = []
+    if watch.first < 2:
+        why.append("the training started over: there was no checkpoint, or it was not read")
+    if not all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True)):
+        why.append("a training that was resumed ends with other weights than one that was not")
     figures: Figures = {
+        "resumed_at_step": watch.first - 1,
         "repeated_max_abs_err": _distance(whole, again),
         "resumed_max_abs_err": _distance(whole, resumed),
     }
-    figures["passed"] = figures["resumed_max_abs_err"] == 0.0
-    if not figures["passed"]:
-        figures["why"] = "a training that was resumed ends with other weights than one that was not"
-    return figures
+    return figures | {"passed": not why} | ({"why": "; ".join(why)} if why else {})
 
 
 def _steps(machine: Machine, model: str, shape: str, precision: torch.dtype | None) -> Figures:
@@ -296,9 +313,6 @@ def _recipe(machine: Machine, recipe: Workload) -> Figures:
     figures = _report(machine, result)
     return figures | {
         "accuracy": [result.report.before.accuracy, result.report.after.accuracy],
-        "epochs": recipe.epochs,
-        "method": recipe.method,
-        "options": recipe.options,
     }
 
 
@@ -352,8 +366,11 @@ class _Stop(Exception):
 class _StopAfter(Hook):
     def __init__(self, steps: int) -> None:
         self.steps = steps
+        self.first = 0
+        """The first step that was seen, counted from 1."""
 
     def after_step(self, moment: Moment) -> None:
+        self.first = self.first or moment.steps
         if moment.steps == self.steps:
             raise _Stop
 

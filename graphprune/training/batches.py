@@ -30,7 +30,7 @@ PADDING = 4
 """Pixels around an image from which a crop of the image's own size is taken."""
 
 SMALL_IMAGE = 64
-"""Images up to this size are augmented by ``auto``; larger ones are scaled and cropped by their data set."""
+"""Images up to this size are augmented by ``auto``; larger ones only by their own data set."""
 
 
 @dataclass(frozen=True)

@@ -124,16 +124,20 @@ class Recipe:
         """Check that batches of this data can be made and that the program takes them, before anything is trained.
 
         Raises:
-            DataError: There is no training set, or its samples are too few for the processes.
+            DataError: There is no training set, its samples are too few for the processes, or these cannot share a
+                batch equally.
             UsageError: The program takes batches of another size only, or blends need another.
         """
         samples = len(cast("Sized", data.split("train")))
         batch_size = shared_batch_size(samples, self.batch_size, processes)
         share, fixed = batch_size // processes, program.fixed_batch
-        if fixed not in (None, share):
+        if fixed is not None and fixed != share:
+            advice = f"or train with batch_size={fixed * processes}"
+            if fixed * processes > samples:
+                advice = f"there are {samples} training samples"
             raise UsageError(
                 f"the program takes batches of {fixed} samples only, found {share} per process; capture it with "
-                f"{share} samples as example inputs, or train with batch_size={fixed * processes}"
+                f"{share} samples as example inputs, {advice}"
             )
         if self.mixup:
             must_keep_neighbours(batch_size, processes)

@@ -70,7 +70,8 @@ def carry_optimizer(
     """Make `optimizer` go on with the parameters of `after`, and with their part of the state that it has.
 
     Groups, their options and the order of parameters stay. A parameter that `after` does not have any more leaves its
-    group; a schedule that drives the optimizer notices nothing.
+    group; one that only `after` has, such as a bias of fold-constants, joins the group of its layer, without state. A
+    schedule that drives the optimizer notices nothing.
 
     Args:
         optimizer: What has trained parameters of `before`; it is changed in place.
@@ -105,10 +106,25 @@ def carry_optimizer(
                         key: _slice_state(optimizer, f"{name}, {key}", parameter, value, kept)
                         for key, value in optimizer.state[parameter].items()
                     }
+    _join(new, before, groups)
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = parameters
     optimizer.state.clear()
     optimizer.state.update(state)
+
+
+def _join(
+    after: Mapping[str, nn.Parameter], before: nn.Module, groups: list[list[nn.Parameter]]
+) -> None:
+    """Add what surgery has made to the groups of its neighbours in a layer; to the first where it has none."""
+    known = dict(before.named_parameters(remove_duplicate=False))
+    owners = {id(parameter): name.rpartition(".")[0] for name, parameter in after.items()}
+    for name, parameter in after.items():
+        if name in known or any(parameter is p for group in groups for p in group):
+            continue
+        owner = name.rpartition(".")[0]
+        home = (g for g in groups if any(owners.get(id(p)) == owner for p in g))
+        next(home, groups[0]).append(parameter)
 
 
 def _must_fit(

@@ -81,10 +81,34 @@ def test_training_and_resuming(tmp_path: Path) -> None:
     assert run_checks(CPU, tmp_path / "cpu.json", only=["gates", "obs", "resume"])
     found = json.loads((tmp_path / "cpu.json").read_text())["checks"]
     assert found["resume"]["resumed_max_abs_err"] == 0.0
+    assert found["resume"]["resumed_at_step"] > 0
     for name in ("gates", "obs"):
         before, after = found[name]["macs"]
         assert 0.495 <= after / before <= 0.5
         assert found[name]["accuracy"][1] >= 0.9
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphprune.checkpoint.Checkpoint.load", lambda *_, **__: None)
+    figures = checks(CPU)["resume"]()
+    assert figures["resumed_max_abs_err"] == 0.0
+    assert not figures["passed"]
+    assert "started over" in figures["why"]
+
+
+def test_another_recipe_has_not_passed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_checks, "_recipe", lambda *_: _passes())
+    lines = list[str]()
+    for epochs in (1, 1, 2):
+        recipe = Workload(model="a:b", weights=None, data="digits", epochs=epochs)
+        machine = Machine(device="cpu", networks={}, recipe=recipe)
+        path = tmp_path / "cpu.json"
+        assert run_checks(machine, path, only=["recipe"], resume=True, say=lines.append)
+    assert ["before" in line for line in lines] == [False, True, False]
+    assert json.loads(path.read_text())["checks"]["recipe a:b"]["asked"]["epochs"] == "2"
 
 
 @pytest.mark.usefixtures("chosen")
@@ -132,6 +156,9 @@ def test_names_and_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         UsageError, match="expected the start of one of first, second, third; found 'fo'"
     ):
         run_checks(CPU, path, only=["fo"])
+    path.write_text('{"environment": [1], "checks": {}}')
+    with pytest.raises(UsageError, match="expected figures of an earlier run, found"):
+        run_checks(CPU, path, resume=True)
     path.write_text("no JSON")
     with pytest.raises(UsageError, match="expected figures of an earlier run, found"):
         run_checks(CPU, path, resume=True)

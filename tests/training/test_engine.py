@@ -476,6 +476,9 @@ def test_a_program_of_a_fixed_batch_says_what_it_takes() -> None:
     with pytest.raises(UsageError, match="takes batches of 2 samples only, found 32 per process"):
         fit(fixed)
     fit(fixed, Recipe(epochs=1, batch_size=2, precision="float32"))
+    few = dataclasses.replace(fixed, example_inputs=(torch.randn(200, 1, 8, 8),))
+    with pytest.raises(UsageError, match="found 96 per process; .* there are 96 training samples"):
+        fit(few, Recipe(epochs=1, batch_size=200))
 
 
 def test_samples_that_do_not_fit() -> None:

@@ -174,3 +174,18 @@ def test_a_tied_parameter_stays_under_its_other_name() -> None:
     carry_optimizer(optimizer, before, after, {"head.weight": {0: (0, 2), 1: (1, 2)}})
     assert optimizer.param_groups[0]["params"] == [last.weight]
     assert optimizer.state[last.weight]["momentum_buffer"].shape == (2, 2)
+
+
+def test_a_new_parameter_joins_the_group_of_its_layer() -> None:
+    before = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False))
+    after = copy.deepcopy(before)
+    after[1].bias = nn.Parameter(torch.zeros(2))
+    groups = [
+        {"params": [p], "lr": lr}
+        for p, lr in zip(before.parameters(), (1.0, 2.0, 3.0), strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    carry_optimizer(optimizer, before, after, {})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 2]
+    assert optimizer.param_groups[2]["params"][1] is after[1].bias
+    assert optimizer.param_groups[2]["lr"] == 3.0

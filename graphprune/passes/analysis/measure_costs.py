@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import ClassVar
 
 from graphprune.contract import Context, Facts, Pass
 from graphprune.cost import Resource
+from graphprune.devices import process_count
 from graphprune.errors import UsageError
 from graphprune.groups import DependencyGroups, analyze
 from graphprune.measured import (
@@ -46,7 +46,7 @@ class MeasureCosts(Pass):
                 f"{self.name} measures an exported file, and {program.source} runs whole, so that it cannot be "
                 "exported; give a target of macs= or params="
             )
-        if self.latency and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if self.latency and process_count() > 1:
             raise UsageError(
                 f"{self.name} times cuts in one process, found several, which would measure differently; "
                 "choose channels by latency in one process, and train what is left in several"

@@ -51,7 +51,7 @@ class FineTune(Pass):
     batch_size: int = 128
     """Samples in a batch, over all processes."""
     distill: float | None = None
-    """Share of the loss that asks for the dense program's logits; none: 0.5 for a classification, else 0."""
+    """Share of the loss that asks for the dense program's logits; none: 0.5 where the task can be distilled, else 0."""
     temperature: float = 4.0
     """Temperature at which logits are compared."""
     mirror: bool = False

@@ -252,6 +252,18 @@ def test_compile_trains_what_it_has_cut(tmp_path: Path) -> None:
     assert tmp_path / "metrics.jsonl" in tuned.files
 
 
+def test_a_task_is_that_of_passes_that_name_none(tmp_path: Path) -> None:
+    data = "tests.passes.training.test_fine_tune:regression_data"
+    head = nn.Sequential(make(), nn.Linear(10, 1)).eval()
+    for option in ("", f' task="{TASK}"'):
+        steps = f"fine-tune{{epochs=1 batch_size=16{option}}}"
+        result = gp.compile(
+            head, data=data, task=TASK, passes=steps, out=tmp_path / f"out{option[:1]}"
+        )
+        (record,) = result.report.passes
+        assert TASK in record.name
+
+
 def test_passes_and_epochs_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="passes= stands in place of .* epochs= and fine_tune="):
         gp.compile(make(), passes="magnitude", epochs=2, data="digits")
