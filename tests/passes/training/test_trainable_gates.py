@@ -76,7 +76,7 @@ def equal(a: Program, b: Program) -> bool:
         (gate_networks.branches, "", 0.95),
         (gate_networks.dense, "", 0.90),
         (gate_networks.depthwise, "", 0.80),
-        (gate_networks.transformer, "granularity=channels,heads", 0.80),
+        (gate_networks.transformer, "epochs=16 granularity=channels,heads", 0.80),
     ],
     ids=["residual", "concatenation", "dense", "depthwise", "transformer"],
 )
@@ -85,12 +85,15 @@ def test_half_the_macs_at_a_stated_accuracy(
 ) -> None:
     before = trained(make, digits)
     options = options.replace("=channels,heads", '="channels,heads"')
-    result = run(before, f"trainable-gates{{epochs=8 batch_size=64 round_to=1 {options}}}", digits)
+    options = options if "epochs=" in options else f"epochs=8 {options}"
+    result = run(before, f"trainable-gates{{batch_size=64 round_to=1 {options}}}", digits)
     assert result.checks["surgery"].passed
     assert result.checks["gates"].passed
     cost, dense = analyze(result.program).cost.total(), analyze(before).cost.total()
-    assert 0.495 <= cost.macs / dense.macs <= 0.5
-    assert not any(kept.what == "target" for kept in result.kept)
+    share = cost.macs / dense.macs
+    assert 0.49 <= share <= 0.5
+    # Some networks have no single channel that is worth less than 1 %: then the report says so.
+    assert (share < 0.495) == any(kept.what == "target" for kept in result.kept)
     accuracy = evaluate(result.program.module, digits.test(256))
     assert accuracy >= floor
     measured = result.measurements
