@@ -10,9 +10,6 @@ held as one uint8 tensor and normalised batch by batch.
 from __future__ import annotations
 
 import functools
-import importlib
-import re
-import sys
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from graphprune._data_spec import DataOptions, Statistics, split_spec
 from graphprune._predictor import Predictor
 from graphprune.errors import DataError
+from graphprune.named import find_callable, is_name
 from graphprune.program import Program
 from graphprune.progress import Progress, SilentProgress
 from graphprune.runtime import Session
@@ -206,12 +204,12 @@ def load_data(spec: str, *, is_classification: bool = True) -> DataSource:
         if kind == "imagefolder":
             return _image_folder(spec, folder, DataOptions(spec, options, default="imagenet"))
         return _torchvision(spec, kind, folder, DataOptions(spec, options, default=kind))
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", head):
+    if is_name(head):
         if options:
             raise DataError(
                 f"data {spec!r}: a function takes no options, found {', '.join(options)}"
             )
-        return _from_function(spec, kind, where, is_classification=is_classification)
+        return _from_function(spec, is_classification=is_classification)
     raise DataError(f"expected data as one of {', '.join(_KINDS)}, found {spec!r}")
 
 
@@ -364,37 +362,25 @@ def _image_folder(spec: str, folder: Path, options: DataOptions) -> DataSource:
     )
 
 
-def _from_function(
-    spec: str, module_name: str, function_name: str, *, is_classification: bool
-) -> DataSource:
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"data {spec!r}: cannot import {module_name!r} ({error}); expected one of {', '.join(_KINDS)}"
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise DataError(f"data {spec!r}: module {module_name!r} has no function {function_name!r}")
+def _from_function(spec: str, *, is_classification: bool) -> DataSource:
+    function = find_callable(
+        "data",
+        spec.strip(),
+        error=DataError,
+        advice=f"; expected one of {', '.join(_KINDS)}",
+    )
     try:
         pair = function()
     # Whatever the user's own code raises is what the user needs to read.
     except Exception as error:
         raise DataError(
-            f"data {spec!r}: {function_name}() failed: {type(error).__name__}: {error}"
+            f"data {spec!r}: {spec}() failed: {type(error).__name__}: {error}"
         ) from error
     if not (
         isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(d, "__getitem__") for d in pair)
     ):
         raise DataError(
-            f"data {spec!r}: expected {function_name}() to return (train_dataset, test_dataset), found {type(pair)}"
+            f"data {spec!r}: expected {spec}() to return (train_dataset, test_dataset), found {type(pair)}"
         )
     train, test = pair
 

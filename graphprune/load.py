@@ -12,7 +12,6 @@ import importlib
 import inspect
 import pickle
 import re
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from torch.export import ExportedProgram
 
 from graphprune import unpickle
 from graphprune.errors import GraphpruneError, LoadError
+from graphprune.named import current_folder_importable
 
 __all__ = ["ScriptedModel", "is_onnx", "load_model", "load_weights", "read_weights"]
 
@@ -85,7 +85,7 @@ def load_model(
             f"{Path(text).with_suffix('').as_posix().replace('/', '.')}:FUNCTION"
         )
     is_file = Path(text).suffix.lower() in _FILES or Path(text).exists()
-    with _current_folder_importable():
+    with current_folder_importable():
         if separator and prefix in _ZOOS and not is_file:
             with _seeded():
                 model: Any = _ZOOS[prefix](name)
@@ -100,17 +100,6 @@ def load_model(
             f"{text} is an exported program, which holds its weights: leave out --weights {weights}"
         )
     return load_weights(model, weights, in_place=True)
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
 
 
 @contextmanager

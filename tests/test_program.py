@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+import graphprune as gp
 from graphprune import capture
 from tests import models
+from tests.exactness import capture_as
 
 GOLDEN = """\
 program tiny (fx, dynamic batch) inputs [float32[1, 3, 4, 4]]
@@ -53,6 +59,34 @@ def test_clone_shares_nothing() -> None:
     assert own.isdisjoint(t.data_ptr() for _, t in clone.named_tensors() if t.numel())
     (x,) = program.batch(3)
     assert torch.equal(clone.module(x), program.module(x))
+
+
+@pytest.mark.parametrize("dialect", ["fx", "export"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        models.tiny_residual,
+        models.tiny_inception,
+        models.tiny_dense,
+        models.tiny_mobile,
+        models.tiny_transformer,
+    ],
+)
+def test_module_comes_back_from_a_file(make: Callable[[], nn.Module], dialect: str) -> None:
+    program = capture_as(make().eval(), torch.randn(2, 3, 16, 16), dialect)
+    cut = gp.compile(
+        program,
+        passes='dependency-groups,magnitude,choose-channels{target="macs=0.6"},remove-channels',
+    ).program
+    (x,) = cut.batch(3)
+    for each in (program, cut):
+        file = io.BytesIO()
+        torch.save(each.module, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert not loaded.training
+        assert torch.equal(loaded(x), each.module(x))
+        assert loaded.state_dict().keys() == each.module.state_dict().keys()
 
 
 def test_batch() -> None:

@@ -113,6 +113,8 @@ def run_tracer(tracer: SymbolicTracer, model: nn.Module) -> fx.GraphModule:
     _clean(graph, model)
     used = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
     root = {str(node.target): _attribute(model, node) for node in used}
+    # torch.save keeps the code of a graph and traces that when it loads it: plainly, not with this tracer.
+    graph._tracer_cls = None
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     module.eval()
     return module

@@ -1,6 +1,7 @@
-"""Optimizers and schedules by name: every one of torch, and two schedules that fill in the length of the run.
+"""Optimizers and schedules by name: all of torch, any of your own, and two schedules that fill in the run's length.
 
     sgd   adamw   adamw{betas=(0.9,0.95)}   rmsprop{momentum=0.9}              torch.optim, any spelling of its name
+    timm.optim:Muon{nesterov=true}   package.module:Class                     any other that can be imported
     cosine   cosine{warmup=1 final=0.01}   constant   one-cycle   step{step_size=5}   multi-step{milestones=(4,8)}
 
 Options stand in braces, as in a pipeline. ``cosine`` and ``constant`` take ``warmup`` (epochs of a linear rise) and
@@ -23,13 +24,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from graphprune import textform
 from graphprune.errors import UsageError
+from graphprune.named import find_callable
 
 __all__ = ["ParameterOptions", "Schedule", "build_optimizer", "build_schedule", "check_optim"]
 
 ParameterOptions = Callable[[str, nn.Parameter], Mapping[str, Any] | None]
 """Returns the optimizer options that one parameter has for itself, or None."""
 
-_DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.02, "momentum": 0.9, "nesterov": True}}
+_DEFAULTS: dict[type[Optimizer], dict[str, Any]] = {
+    torch.optim.SGD: {"lr": 0.02, "momentum": 0.9, "nesterov": True}
+}
 """Options that stand unless others are given; for other classes torch's own."""
 
 _OWN = {"cosine": ("warmup", "final"), "constant": ("warmup",)}
@@ -48,7 +52,7 @@ def build_optimizer(
     Parameters with fewer than two dimensions (biases, the scales of norms) get no weight decay.
 
     Args:
-        text: A class of ``torch.optim``, in any spelling, with options in braces.
+        text: A class of ``torch.optim``, in any spelling, or ``package.module:Class``; with options in braces.
         parameters: Names and parameters.
         lr: Learning rate; None: the default of the class, for SGD 0.02.
         weight_decay: Weight decay of parameters with two dimensions and more, where `text` does not say it.
@@ -60,7 +64,7 @@ def build_optimizer(
     kind, options = _optimizer(text)
     if lr is not None and options.get("lr", lr) != lr:
         raise UsageError(f"optimizer {text!r}: found lr={lr:g} besides; give one of the two")
-    merged = {**_DEFAULTS.get(kind.__name__, {}), **options}
+    merged = {**_DEFAULTS.get(kind, {}), **options}
     if lr is not None:
         merged["lr"] = lr
     takes_decay = "weight_decay" in inspect.signature(kind).parameters
@@ -196,6 +200,13 @@ def check_optim(optimizer: str, schedule: str, *, lr: float | None = None) -> No
 
 def _optimizer(text: str) -> tuple[type[Optimizer], dict[str, Any]]:
     name, options = _read("optimizer", text)
+    if ":" in name:
+        found = find_callable("optimizer", name, error=UsageError)
+        if not (isinstance(found, type) and issubclass(found, Optimizer)):
+            raise UsageError(
+                f"optimizer {name!r}: expected a subclass of torch.optim.Optimizer, found {found!r}"
+            )
+        return found, options
     known = {
         _plain(k): v
         for k, v in vars(torch.optim).items()

@@ -15,7 +15,7 @@ from graphprune.program import Program, Slices
 from graphprune.training.batches import Augment, shared_batch_size
 from graphprune.training.distill import must_be_comparable
 from graphprune.training.mixup import must_keep_neighbours
-from graphprune.training.optim import check_optim
+from graphprune.training.optim import build_optimizer, check_optim
 from graphprune.training.processes import Precision
 from graphprune.training.task import Task
 
@@ -34,7 +34,8 @@ class Recipe:
     batch_size: int = 128
     """Samples in a batch, over all processes."""
     optimizer: str = "sgd"
-    """A class of torch.optim, with options in braces; sgd has Nesterov momentum 0.9 unless told otherwise."""
+    """A class of torch.optim, or package.module:Class, with options in braces; sgd has Nesterov momentum 0.9 unless
+    told otherwise."""
     lr: float | None = None
     """Learning rate; None: 0.02 for sgd, torch's own default for others."""
     weight_decay: float = 5e-4
@@ -126,8 +127,15 @@ class Recipe:
         Raises:
             DataError: There is no training set, its samples are too few for the processes, or these cannot share a
                 batch equally.
-            UsageError: The program takes batches of another size only, or blends need another.
+            UsageError: The program takes batches of another size only, or blends need another; or the optimizer does
+                not take parameters like the program's.
         """
+        build_optimizer(
+            self.optimizer,
+            [(n, p) for n, p in program.module.named_parameters() if p.requires_grad],
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+        )
         samples = len(cast("Sized", data.split("train")))
         batch_size = shared_batch_size(samples, self.batch_size, processes)
         share, fixed = batch_size // processes, program.fixed_batch

@@ -6,13 +6,9 @@ takes nothing and returns a `Task`.
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +19,7 @@ from torch.utils.data import default_collate
 
 from graphprune.errors import DataError, GraphpruneError, UsageError
 from graphprune.exported import flat_outputs
+from graphprune.named import find_callable
 from graphprune.program import Program
 from graphprune.training.samples import must_be_labels, told_by_shape
 
@@ -120,27 +117,11 @@ def load_task(text: str) -> Task:
     """
     if not text:
         return classification()
-    match = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)", text)
-    if match is None:
-        raise UsageError(f"task: expected package.module:factory, found {text!r}")
-    here = str(Path.cwd())
-    is_added = here not in sys.path
-    if is_added:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(match[1])
-    except ModuleNotFoundError as error:
-        raise UsageError(f"task {text!r}: cannot import {match[1]!r} ({error})") from error
-    finally:
-        if is_added:
-            sys.path.remove(here)
-    factory = getattr(module, match[2], None)
-    if not callable(factory):
-        raise UsageError(f"task {text!r}: module {match[1]!r} has no function {match[2]!r}")
+    factory = find_callable("task", text, error=UsageError)
     task = factory()
     if not isinstance(task, Task):
         raise DataError(
-            f"task {text!r}: expected {match[2]}() to return a graphprune.training.Task, "
+            f"task {text!r}: expected it to return a graphprune.training.Task, "
             f"found {type(task).__name__}"
         )
     return task

@@ -298,6 +298,7 @@ EVERY_STEP = Recipe(
         ("sgd", "cosine{warmup=1}"),
         ("adamw", "one-cycle"),
         ("rmsprop{momentum=0.5}", "multi-step{milestones=(1,2)}"),
+        ("timm.optim:Muon{nesterov=true}", "cosine"),
     ],
 )
 def test_a_run_goes_on_as_if_it_had_not_stopped(

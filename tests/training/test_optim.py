@@ -16,6 +16,10 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
 
 
+class OwnSGD(torch.optim.SGD):
+    """A class that is found by where it lives."""
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
@@ -26,6 +30,8 @@ def _model() -> nn.Module:
         ("rms_prop", torch.optim.RMSprop),
         ("adafactor", torch.optim.Adafactor),
         ("rprop", torch.optim.Rprop),
+        ("torch.optim:SGD", torch.optim.SGD),
+        ("tests.training.test_optim:OwnSGD", OwnSGD),
     ],
 )
 def test_every_spelling_finds_its_class(text: str, kind: type) -> None:
@@ -106,6 +112,13 @@ def test_schedules_of_torch_fill_in_the_length_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "schedule", "message"),
     [
+        ("tests.nowhere:SGD", "cosine", "optimizer 'tests.nowhere:SGD': cannot import"),
+        ("torch.optim:Lion", "cosine", "'torch.optim' has no function or class 'Lion'"),
+        (
+            "torch.nn:Linear",
+            "cosine",
+            "expected a subclass of torch.optim.Optimizer, found .*Linear",
+        ),
         ("lbfgs", "cosine", "optimizer: expected one of .*, found 'lbfgs'"),
         ("sgd,adam", "cosine", "optimizer: expected one name with options, found 'sgd,adam'"),
         ("adam{betas=3}", "cosine", "optimizer 'adam{betas=3}'"),

@@ -72,7 +72,7 @@ class TrainableGates(Pass):
     lr: float | None = None
     """Learning rate of the weights; none: 0.02 for sgd, torch's own default for others."""
     optimizer: str = "sgd"
-    """A class of torch.optim, with options in braces: "adamw{betas=(0.9,0.95)}"."""
+    """A class of torch.optim, or package.module:Class; options stand in braces: "adamw{betas=(0.9,0.95)}"."""
     schedule: str = "cosine"
     """cosine or constant, both with warmup=EPOCHS in braces, or a class of torch.optim.lr_scheduler."""
     weight_decay: float = 5e-4
