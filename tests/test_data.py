@@ -113,7 +113,10 @@ def test_normalize_and_size() -> None:
         ("mnist:nowhere", "expected a folder with MNIST/raw/"),
         ("what", "expected data as one of cifar10:DIR, .*package.module:function, found 'what'"),
         ("no_such_module:make", "cannot import 'no_such_module'"),
-        ("os.path:no_such_function", "module 'os.path' has no function or class 'no_such_function'"),
+        (
+            "os.path:no_such_function",
+            "module 'os.path' has no function or class 'no_such_function'",
+        ),
         ("os.path:join,size=3", "a function takes no options, found size"),
     ],
 )
