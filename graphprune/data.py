@@ -209,7 +209,7 @@ def load_data(spec: str, *, is_classification: bool = True) -> DataSource:
             raise DataError(
                 f"data {spec!r}: a function takes no options, found {', '.join(options)}"
             )
-        return _from_function(spec, is_classification=is_classification)
+        return _from_function(spec, where.strip(), is_classification=is_classification)
     raise DataError(f"expected data as one of {', '.join(_KINDS)}, found {spec!r}")
 
 
@@ -362,7 +362,7 @@ def _image_folder(spec: str, folder: Path, options: DataOptions) -> DataSource:
     )
 
 
-def _from_function(spec: str, *, is_classification: bool) -> DataSource:
+def _from_function(spec: str, name: str, *, is_classification: bool) -> DataSource:
     function = find_callable(
         "data",
         spec.strip(),
@@ -374,13 +374,13 @@ def _from_function(spec: str, *, is_classification: bool) -> DataSource:
     # Whatever the user's own code raises is what the user needs to read.
     except Exception as error:
         raise DataError(
-            f"data {spec!r}: {spec}() failed: {type(error).__name__}: {error}"
+            f"data {spec!r}: {name}() failed: {type(error).__name__}: {error}"
         ) from error
     if not (
         isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(d, "__getitem__") for d in pair)
     ):
         raise DataError(
-            f"data {spec!r}: expected {spec}() to return (train_dataset, test_dataset), found {type(pair)}"
+            f"data {spec!r}: expected {name}() to return (train_dataset, test_dataset), found {type(pair)}"
         )
     train, test = pair
 

@@ -44,6 +44,11 @@ def find_callable(
             module = importlib.import_module(match[1])
     except ModuleNotFoundError as missing:
         raise error(f"{what} {text!r}: cannot import {match[1]!r} ({missing}){advice}") from missing
+    # The user's own module runs here: whatever it raises belongs to the message.
+    except Exception as failure:
+        raise error(
+            f"{what} {text!r}: importing {match[1]!r} failed: {type(failure).__name__}: {failure}"
+        ) from failure
     found = getattr(module, match[2], None)
     if not callable(found):
         raise error(f"{what} {text!r}: module {match[1]!r} has no function or class {match[2]!r}")

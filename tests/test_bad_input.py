@@ -219,6 +219,12 @@ CASES: dict[str, tuple[int, Callable[[], object] | None, list[str], list[str]]] 
         ["compile", *NET_SHAPE, "--data", "bad_net:no_disk"],
         ["data 'bad_net:no_disk': no_disk() failed: OSError: disk gone"],
     ),
+    "data whose module raises": (
+        1,
+        lambda: Path("no_licence.py").write_text("raise RuntimeError('expired')\n"),
+        ["compile", *NET_SHAPE, "--data", "no_licence:make"],
+        ["data 'no_licence:make': importing 'no_licence' failed: RuntimeError: expired"],
+    ),
     "weights of another model": (
         1,
         lambda: torch.save(nn.Linear(2, 2).state_dict(), "w.pt"),

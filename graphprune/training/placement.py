@@ -13,7 +13,7 @@ from graphprune.program import Program
 from graphprune.training.samples import must_be_labels, must_have_ranks, told_by_shape
 from graphprune.training.task import Task
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "fastest_layout", "laid_out"]
 
 
 class Placement:
@@ -24,7 +24,7 @@ class Placement:
         self.program = program
         self.task = task
         self.device = device
-        self.memory_format = _memory_format(program)
+        self.memory_format = fastest_layout(program)
         self.fixed_batch = program.fixed_batch
         program.module.to(device).to(memory_format=self.memory_format)
         self.classes = self._classes() if task.is_classification else None
@@ -53,14 +53,7 @@ class Placement:
             return self._outputs(inputs)
 
     def _moved(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(
-            t.to(
-                self.device,
-                non_blocking=True,
-                memory_format=self.memory_format if t.dim() == 4 else torch.preserve_format,
-            )
-            for t in inputs
-        )
+        return laid_out(inputs, self.memory_format, self.device)
 
     def _outputs(self, inputs: tuple[Tensor, ...]) -> Any:
         module, fixed, count = self.program.module, self.fixed_batch, len(inputs[0])
@@ -76,15 +69,26 @@ class Placement:
         return logits.shape[1] if logits.dim() == 2 else None
 
 
-def _memory_format(program: Program) -> torch.memory_format:
+def laid_out(
+    inputs: tuple[Tensor, ...], layout: torch.memory_format, device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """Return `inputs` on `device`, images among them in `layout`."""
+    return tuple(
+        t.to(
+            device,
+            non_blocking=True,
+            memory_format=layout if t.dim() == 4 else torch.preserve_format,
+        )
+        for t in inputs
+    )
+
+
+def fastest_layout(program: Program) -> torch.memory_format:
     """Return channels_last for images, where the graph takes them so."""
     if not any(example.dim() == 4 for example in program.example_inputs):
         return torch.contiguous_format
     home = next((t.device for _, t in program.named_tensors()), torch.device("cpu"))
-    inputs = tuple(
-        t.to(home, memory_format=torch.channels_last) if t.dim() == 4 else t.to(home)
-        for t in program.batch(2)
-    )
+    inputs = laid_out(program.batch(2), torch.channels_last, home)
     module = program.clone().module.to(memory_format=torch.channels_last)
     try:
         with torch.no_grad():

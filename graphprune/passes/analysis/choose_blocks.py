@@ -35,6 +35,7 @@ from graphprune.residual import (
 )
 from graphprune.target import Target, parse_target
 from graphprune.training.drawn_samples import DrawnSamples
+from graphprune.training.placement import fastest_layout, laid_out
 
 __all__ = ["ChooseBlocks"]
 
@@ -104,8 +105,10 @@ class ChooseBlocks(Pass):
         blocks, limits = find_residual_blocks(program, groups), self._limits(program, groups)
         if not _over(groups.cost.total(), limits):
             return ()
-        module = program.clone().module  # it goes to the device
-        samples = list(DrawnSamples.of(self, program, context))
+        layout = fastest_layout(program)
+        module = program.clone().module.to(memory_format=layout)  # it goes to the device
+        drawn = DrawnSamples.of(self, program, context)
+        samples = [laid_out(inputs, layout, "cpu") for inputs in drawn]
         judge = OutputChange(module, samples, context.device)
         now = _Trial(blocks=(), error=0.0, cost=groups.cost.total())
         with context.progress.task("choose-blocks: what the outputs miss least") as task:

@@ -181,6 +181,8 @@ def test_it_needs_data_and_good_options() -> None:
     [
         ("schedule=warp", UsageError, "schedule: expected one of"),
         ("optimizer=sdg", UsageError, "optimizer: expected one of"),
+        ("optimizer=muon", UsageError, "optimizer 'muon': .*only supports 2D parameters"),
+        ('optimizer="no.such:Class"', UsageError, "optimizer 'no.such:Class': cannot import"),
         ("epochs=-1", UsageError, "expected epochs from 0 on"),
         ('task="tests.training.networks:regression" distill=0.5', UsageError, "give the Task"),
         ('task="no.such:task"', UsageError, "no.such"),
