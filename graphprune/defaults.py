@@ -91,6 +91,9 @@ def default_pipeline(
     steps = [
         # half of the way is made by blocks: depth and width shrink alike
         *(_blocks(target, task=task, share=0.5) if has_blocks else []),
+        *(
+            [_reestimate(task)] if has_blocks else []
+        ),  # channels are chosen for what blocks have left
         "dependency-groups",  # which channels must go together, and which cannot go
         *_measurements(limits),
         *chosen,
@@ -166,13 +169,15 @@ def _after_the_choice(
 ) -> list[str]:
     steps = [*cut, "clean-up"]  # what the cut left without a purpose
     if reestimate:
-        given = {"task": task} if task else {}
-        # fewer channels, other statistics
-        steps.append(textform.format_pass("reestimate-batch-norm", given))
+        steps.append(_reestimate(task))  # fewer channels, other statistics
     steps += training  # what the cut has cost comes back
     if export:
         steps += ["export-onnx", "export-program"]  # written, read back, compared
     return steps
+
+
+def _reestimate(task: str) -> str:
+    return textform.format_pass("reestimate-batch-norm", {"task": task} if task else {})
 
 
 def _training(epochs: int, fine_tune: str, task: str, *, has_data: bool) -> list[str]:

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphprune.errors import DataError
 from graphprune.training.batch_norm import batch_norm, synchronised_batch_norm
 from graphprune.training.forms import BATCH_NORMS
 
-__all__ = ["RunningStatistics"]
+__all__ = ["BatchStatistics", "RunningStatistics"]
 
 
 class RunningStatistics:
@@ -51,14 +51,14 @@ class RunningStatistics:
         return len(self._run.totals)
 
     @torch.no_grad()
-    def look(self, *inputs: Tensor) -> None:
-        """Run the graph, and count what flows into its batch norms.
+    def look(self, *inputs: Tensor) -> Any:
+        """Run the graph, count what flows into its batch norms, and return its outputs.
 
         Raises:
             DataError: A batch norm sees one value per channel, which has no variance.
         """
         self._run.samples = len(inputs[0])
-        self._run.run(*inputs)
+        return self._run.run(*inputs)
 
     @torch.no_grad()
     def write(self) -> bool:
@@ -73,6 +73,23 @@ class RunningStatistics:
                 changed = changed or not torch.equal(average, buffer)
                 buffer.copy_(average)
         return changed
+
+
+class BatchStatistics(nn.Module):
+    """A graph whose batch norms normalise with the batch's own statistics, and forget them."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        """Take `module`, in evaluation mode; it stays as it is."""
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return the outputs.
+
+        Raises:
+            DataError: A batch norm sees one value per channel, which has no variance.
+        """
+        return RunningStatistics(self.module).look(*inputs)
 
 
 @dataclass(kw_only=True)

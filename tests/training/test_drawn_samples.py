@@ -144,7 +144,7 @@ def test_a_task_is_handed_to_the_method() -> None:
     )
     assert text.startswith(
         'dependency-groups,choose-blocks{target="macs=0.5" share=0.5 task=a:b},remove-blocks,'
-        "dependency-groups,wanda{task=a:b},choose-channels"
+        "reestimate-batch-norm{task=a:b},dependency-groups,wanda{task=a:b},choose-channels"
     )
 
 
@@ -170,7 +170,7 @@ def test_mistakes_are_told_before_the_first_pass() -> None:
     program = of_fours()
     for text, message in (
         ("wanda{num_samples=0}", "wanda needs at least one sample, found num_samples=0"),
-        ('obs{task="nope"}', "expected package.module:factory, found 'nope'"),
+        ('obs{task="nope"}', "expected package.module:name, found 'nope'"),
     ):
         with pytest.raises((DataError, UsageError), match=message):
             Pipeline.parse(f"fine-tune{{batch_size=4}},dependency-groups,{text}").run(

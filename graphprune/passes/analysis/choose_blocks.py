@@ -1,9 +1,11 @@
 """Choose which residual blocks go: those that the outputs miss least for what they save.
 
 Blocks go one by one. Before each, every one that is left is tried: without it and those that are already gone, the
-program runs on training samples, and the squared error of its outputs, relative to their variance, is taken. The one
-that adds the least error for each multiply-accumulate (or parameter) that it saves goes next. What a block adds changes
-with what is gone, up and down, so nothing is taken from the rounds before.
+program runs on training samples, and the squared error of its outputs, relative to their variance, is taken. Its
+batch norms take the statistics of the batch meanwhile, where it has 32 samples and more: they will be estimated anew
+for what is left, and with those of before the error is mostly theirs. The block that adds the least error for each
+multiply-accumulate (or parameter) that it saves goes next. What a block adds changes with what is gone, up and down,
+so nothing is taken from the rounds before.
 
 Greedy removal by the measured output is our own choice among the known ways to rank blocks; that residual blocks can
 go one by one, and most of them at little cost, is from Veit, Wilber and Belongie 2016, "Residual Networks Behave Like
@@ -16,6 +18,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import fx
 
 from graphprune.contract import Context, Facts, Pass
 from graphprune.cost import Cost, Resource
@@ -36,8 +40,12 @@ from graphprune.residual import (
 from graphprune.target import Target, parse_target
 from graphprune.training.drawn_samples import DrawnSamples
 from graphprune.training.placement import fastest_layout, laid_out
+from graphprune.training.running_statistics import BatchStatistics
 
 __all__ = ["ChooseBlocks"]
+
+FEW = 32
+"""Samples in a batch from which its own statistics say enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +117,14 @@ class ChooseBlocks(Pass):
         module = program.clone().module.to(memory_format=layout)  # it goes to the device
         drawn = DrawnSamples.of(self, program, context)
         samples = [laid_out(inputs, layout, "cpu") for inputs in drawn]
+        if renews_norms := (program.fixed_batch or self.batch_size) >= FEW:
+            samples = [x for x in samples if len(x[0]) >= FEW] or samples
         judge = OutputChange(module, samples, context.device)
-        now = _Trial(blocks=(), error=0.0, cost=groups.cost.total())
+
+        def error(left: fx.GraphModule) -> float:
+            return judge.of(BatchStatistics(left) if renews_norms else left)
+
+        now = _Trial(blocks=(), error=error(module), cost=groups.cost.total())
         with context.progress.task("choose-blocks: what the outputs miss least") as task:
             while over := _over(now.cost, limits):
                 trials = []
@@ -118,7 +132,7 @@ class ChooseBlocks(Pass):
                     going = outermost([*now.blocks, block])
                     smaller = sharing_without(module, going)
                     trial = _Trial(
-                        blocks=tuple(going), error=judge.of(smaller), cost=cost_of(smaller, groups)
+                        blocks=tuple(going), error=error(smaller), cost=cost_of(smaller, groups)
                     )
                     trials.append(trial)
                     task.advance()

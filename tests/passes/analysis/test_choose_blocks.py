@@ -53,6 +53,27 @@ def _plan(program: Program, options: str) -> Plan:
     return plan
 
 
+def test_what_new_statistics_make_good_is_not_missed() -> None:
+    data = load_data("digits")
+    model = _Stack((0.3, 0.0))
+    norm = nn.BatchNorm1d(64, momentum=None)
+    model.head = nn.Sequential(norm, model.head)  # type: ignore[assignment]
+    with torch.no_grad():
+        model.layers[1].bias.fill_(5.0)  # type: ignore[operator]
+        for x, _ in data.train(128):
+            model(x)
+    model.eval()
+    for size, first in ((64, "layers.1"), (2, "layers.0")):  # two samples are no statistics
+        exported = torch.export.export(model, (torch.randn(size, 1, 8, 8),))
+        program = gp.capture(exported)
+        before = {name: value.clone() for name, value in program.named_tensors()}
+        assert _plan(program, 'target="macs=0.9"').blocks == (first,)
+        assert all(torch.equal(value, before[name]) for name, value in program.named_tensors())
+    program = gp.capture(model, torch.randn(2, 1, 8, 8))  # takes batches of any size
+    assert _plan(program, 'target="macs=0.9"').blocks == ("layers.1",)
+    assert _plan(program, 'target="macs=0.9" batch_size=2').blocks == ("layers.0",)
+
+
 @pytest.mark.parametrize(
     ("options", "blocks"),
     [
