@@ -19,7 +19,7 @@ from graphprune.training.optim import build_optimizer, check_optim
 from graphprune.training.processes import Precision
 from graphprune.training.task import Task
 
-__all__ = ["Hook", "Moment", "Recipe", "Smaller"]
+__all__ = ["Hook", "Moment", "Recipe", "Smaller", "trained_parameters"]
 
 DISTILL = 0.5
 """Share of the loss that asks for the dense program's logits, unless a pass is told otherwise."""
@@ -127,12 +127,12 @@ class Recipe:
         Raises:
             DataError: There is no training set, its samples are too few for the processes, or these cannot share a
                 batch equally.
-            UsageError: The program takes batches of another size only, or blends need another; or the optimizer does
-                not take parameters like the program's.
+            UsageError: The program takes batches of another size only, or blends need another; it has nothing to
+                train, or the optimizer does not take parameters like its own.
         """
         build_optimizer(
             self.optimizer,
-            [(n, p) for n, p in program.module.named_parameters() if p.requires_grad],
+            trained_parameters(program).items(),
             lr=self.lr,
             weight_decay=self.weight_decay,
         )
@@ -149,6 +149,20 @@ class Recipe:
             )
         if self.mixup:
             must_keep_neighbours(batch_size, processes)
+
+
+def trained_parameters(program: Program) -> dict[str, nn.Parameter]:
+    """Return the parameters that a training moves, by name.
+
+    Raises:
+        UsageError: There are none.
+    """
+    found = {name: p for name, p in program.module.named_parameters() if p.requires_grad}
+    if not found:
+        raise UsageError(
+            "expected parameters to train, found none that require gradients; call requires_grad_() on the model"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphprune.errors import UsageError
 from graphprune.program import Program
@@ -18,7 +18,7 @@ from graphprune.training.features import insert_taps, stages
 from graphprune.training.forms import training_form
 from graphprune.training.mixup import Blend
 from graphprune.training.placement import Placement
-from graphprune.training.recipe import Recipe, Smaller
+from graphprune.training.recipe import Recipe, Smaller, trained_parameters
 from graphprune.training.samples import told_by_shape
 from graphprune.training.state_surgery import all_tensors
 from graphprune.training.task import Task
@@ -62,13 +62,7 @@ class Student:
         self.task = task
         self.accelerator = accelerator
         self.dense = dense
-        self.parameters: dict[str, nn.Parameter] = {
-            name: p for name, p in program.module.named_parameters() if p.requires_grad
-        }
-        if not self.parameters:
-            raise UsageError(
-                "expected parameters to train, found none that require gradients; call requires_grad_() on the model"
-            )
+        self.parameters = trained_parameters(program)
         several = accelerator.num_processes > 1
         self.placement = Placement(program, task, accelerator.device)
         # A teacher that shows what is inside it shows what this program has as well: then another one comes.
