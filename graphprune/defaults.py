@@ -89,11 +89,8 @@ def default_pipeline(
             textform.format_pass("choose-channels", choice),
         ]
     steps = [
-        # half of the way is made by blocks: depth and width shrink alike
-        *(_blocks(target, task=task, share=0.5) if has_blocks else []),
-        *(
-            [_reestimate(task)] if has_blocks else []
-        ),  # channels are chosen for what blocks have left
+        # half of the way is made by blocks: depth and width shrink alike; channels are chosen for what they leave
+        *([*_blocks(target, task=task, share=0.5), _reestimate(task)] if has_blocks else []),
         "dependency-groups",  # which channels must go together, and which cannot go
         *_measurements(limits),
         *chosen,

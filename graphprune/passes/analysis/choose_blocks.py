@@ -117,12 +117,11 @@ class ChooseBlocks(Pass):
         module = program.clone().module.to(memory_format=layout)  # it goes to the device
         drawn = DrawnSamples.of(self, program, context)
         samples = [laid_out(inputs, layout, "cpu") for inputs in drawn]
-        if renews_norms := (program.fixed_batch or self.batch_size) >= FEW:
-            samples = [x for x in samples if len(x[0]) >= FEW] or samples
-        judge = OutputChange(module, samples, context.device)
+        large = [inputs for inputs in samples if len(inputs[0]) >= FEW]
+        judge = OutputChange(module, large or samples, context.device)
 
         def error(left: fx.GraphModule) -> float:
-            return judge.of(BatchStatistics(left) if renews_norms else left)
+            return judge.of(BatchStatistics(left) if large else left)
 
         now = _Trial(blocks=(), error=error(module), cost=groups.cost.total())
         with context.progress.task("choose-blocks: what the outputs miss least") as task:
