@@ -44,8 +44,8 @@ from graphprune.training.running_statistics import BatchStatistics
 
 __all__ = ["ChooseBlocks"]
 
-FEW = 32
-"""Samples in a batch from which its own statistics say enough."""
+ENOUGH = 32
+"""Samples that a batch needs for its own statistics to say something; smaller ones are left out where there are such."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class ChooseBlocks(Pass):
         module = program.clone().module.to(memory_format=layout)  # it goes to the device
         drawn = DrawnSamples.of(self, program, context)
         samples = [laid_out(inputs, layout, "cpu") for inputs in drawn]
-        large = [inputs for inputs in samples if len(inputs[0]) >= FEW]
+        large = [inputs for inputs in samples if len(inputs[0]) >= ENOUGH]
         judge = OutputChange(module, large or samples, context.device)
 
         def error(left: fx.GraphModule) -> float:

@@ -71,9 +71,8 @@ def test_what_new_statistics_make_good_is_not_missed() -> None:
         assert all(torch.equal(value, before[name]) for name, value in program.named_tensors())
     program = gp.capture(model, torch.randn(2, 1, 8, 8))  # takes batches of any size
     assert _plan(program, 'target="macs=0.9"').blocks == ("layers.1",)
-    for few in ("batch_size=2", "num_samples=1"):
-        assert len(_plan(program, f'target="macs=0.9" {few}').blocks) == 1
     assert _plan(program, 'target="macs=0.9" batch_size=2').blocks == ("layers.0",)
+    assert len(_plan(program, 'target="macs=0.9" num_samples=1').blocks) == 1
 
 
 @pytest.mark.parametrize(
