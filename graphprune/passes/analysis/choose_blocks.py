@@ -45,7 +45,7 @@ from graphprune.training.running_statistics import BatchStatistics
 __all__ = ["ChooseBlocks"]
 
 ENOUGH = 32
-"""Samples that a batch needs for its own statistics to say something; smaller ones are left out where there are such."""
+"""Samples that a batch needs for its own statistics to say something; beside such ones, smaller are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
